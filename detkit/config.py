@@ -1,0 +1,297 @@
+"""Every setting of a run, as frozen pydantic models; one complete YAML file a run, readable alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from detkit.errors import UserError, nearest
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Triple = tuple[float, float, float]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+VGGS = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
+
+
+class Settings(BaseModel):
+    """A group of settings: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(Settings):
+    """Where the photos and annotations are, and how they are read."""
+
+    root: Path = Field(description="folder of the data set: VOC layout, or images beside their XML")
+    train: str = Field("train", description="split to train on: ImageSets/Main/<name>.txt, or 'train' of a hash split")
+    val: str = Field("val", description="split to evaluate on")
+    val_share: Share = Field(0.2, description="share of photos that the hash split puts into 'val' (no split files)")
+    classes: tuple[str, ...] | Path | None = Field(
+        None, description="class names, or a file with one a line; default: ROOT/classes.txt, else those in the XML"
+    )
+    convention: Literal["edges", "devkit"] = Field(
+        "edges", description="boxes in the XML: 0-based edges (LabelImg), or 1-based inclusive pixels (VOC devkit)"
+    )
+    unlabelled: Literal["error", "skip", "negative"] = Field("error", description="what an image without XML means")
+    cache: Path | None = Field(None, description="folder of the pickle cache; default ROOT/.detkit-cache")
+
+
+class Input(Settings):
+    """The canvas the network sees."""
+
+    size: tuple[PositiveInt, PositiveInt] = Field(description="height and width in pixels")
+    resize: Literal["stretch", "letterbox"] = Field("stretch", description="how a photo is fitted to the canvas")
+    mean: Triple = Field((0.485, 0.456, 0.406), description="RGB mean, of values in 0..1")
+    std: Triple = Field((0.229, 0.224, 0.225), description="RGB standard deviation, of values in 0..1")
+
+
+class Augment(Settings):
+    """Random changes of the training photos; each number is a probability unless said."""
+
+    flip: Share = Field(0.5, description="mirror left-right")
+    crop: Share = Field(0.5, description="SSD's random crop with a minimum IoU to some object")
+    expand: Share = Field(0.0, description="SSD's zoom-out: the photo on a larger canvas of the mean colour")
+    expand_max: PositiveFloat = Field(2.0, description="largest side of that canvas, in sides of the photo")
+    colour: Share = Field(0.5, description="brightness, contrast, saturation and hue")
+    mosaic: Share = Field(0.0, description="four photos on one canvas")
+    close_epochs: int = Field(0, ge=0, description="last epochs trained without mosaic, crop and expand")
+
+
+class Backbone(Settings):
+    """The network that turns an image into feature maps; names are torchvision's."""
+
+    name: Literal[
+        "vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn",
+        "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2",
+    ]  # fmt: skip
+    freeze: int = Field(0, ge=0, le=5, description="stages kept as loaded, counted from the image")
+    frozen_bn: bool = Field(False, description="BatchNorm keeps its loaded statistics, weights and biases")
+
+
+class SSDExtras(Settings):
+    """The SSD paper's neck: two backbone maps (L2Norm on VGG's conv4_3) and extra stride-2 convolutions."""
+
+    name: Literal["ssd_extras"] = "ssd_extras"
+    levels: int = Field(6, ge=2, le=7, description="feature maps in all")
+
+
+class PAN(Settings):
+    """Path aggregation network: a top-down and a bottom-up pass over strides 8, 16, 32 (and 64 and so on)."""
+
+    name: Literal["pan"] = "pan"
+    channels: PositiveInt = 96
+    levels: int = Field(3, ge=3, le=5)
+
+
+class FPN(Settings):
+    """Feature pyramid network (Lin 2017): a top-down pass over strides 8, 16, 32 (and 64 and so on)."""
+
+    name: Literal["fpn"] = "fpn"
+    channels: PositiveInt = 256
+    levels: int = Field(5, ge=3, le=5)
+
+
+Neck = Annotated[SSDExtras | PAN | FPN, Field(discriminator="name")]
+
+
+class SSD(Settings):
+    """SSD head (Liu 2016): default boxes on every level, class scores and box offsets by convolution."""
+
+    name: Literal["ssd"] = "ssd"
+    scales: tuple[PositiveFloat, ...] = Field(
+        description="size of the default boxes of each level and one more, as a share of the canvas"
+    )
+    ratios: tuple[tuple[PositiveFloat, ...], ...] = Field(
+        description="aspect ratios of each level beside 1; each is used both ways up"
+    )
+    steps: tuple[PositiveFloat, ...] | None = Field(None, description="pixels between boxes; default: the strides")
+    extra_square: bool = Field(True, description="a second square box, between this level's scale and the next")
+    tower: int = Field(0, ge=0, le=4, description="depthwise-separable convolutions before the two predictors")
+    loss: Literal["multibox", "aligned"] = Field(
+        "multibox", description="the paper's loss, or task-aligned assignment with quality-aware scores and GIoU"
+    )
+    match_iou: Share = Field(0.5, description="multibox: IoU from which a default box is positive")
+    negatives: PositiveFloat = Field(3.0, description="multibox: hard negatives a positive")
+    variances: tuple[PositiveFloat, PositiveFloat] = (0.1, 0.2)
+    top_candidates: PositiveInt = Field(13, description="aligned: default boxes that may answer for one object")
+    smoothing: Share = Field(0.0, description="label smoothing of the class loss")
+    box_weight: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _levels(self) -> SSD:
+        if len(self.scales) != len(self.ratios) + 1:
+            raise ValueError(f"{len(self.ratios)} levels of ratios need {len(self.ratios) + 1} scales")
+        if self.steps is not None and len(self.steps) != len(self.ratios):
+            raise ValueError(f"{len(self.ratios)} levels of ratios need as many steps")
+        return self
+
+
+class Select(Settings):
+    """Which boxes are kept: top-k, then NMS a class."""
+
+    score: Share = Field(0.01, description="lowest score kept")
+    iou: Share = Field(0.45, description="NMS: a box that overlaps a better one of its class by more goes")
+    candidates: PositiveInt = Field(1000, description="best (box, class) pairs of an image that reach NMS")
+    keep: PositiveInt = Field(200, description="most detections an image")
+
+
+class Model(Settings):
+    """The detector."""
+
+    backbone: Backbone
+    neck: Neck
+    head: SSD
+    select: Select = Select()
+    weights: str = Field(
+        "none",
+        description="none | a .pth or .safetensors of torchvision's key names | torchvision (the reference detector) "
+        "| imagenet or a torchvision weights name such as VGG16_Weights.IMAGENET1K_V1 (downloaded)",
+    )
+
+
+class Optimizer(Settings):
+    """The optimiser, by torch's name."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: PositiveFloat
+    backbone_lr: PositiveFloat = Field(1.0, description="factor on the backbone's learning rate")
+    momentum: Share = 0.9
+    weight_decay: float = Field(5e-4, ge=0, description="not applied to norms and biases")
+
+
+class Schedule(Settings):
+    """The learning rate over the run: a linear warm-up, then cosine or steps."""
+
+    name: Literal["cosine", "multistep"] = "cosine"
+    warmup_steps: int = Field(500, ge=0)
+    final: Share = Field(0.01, description="cosine: last rate as a share of the first")
+    milestones: tuple[Share, ...] = Field((0.67, 0.89), description="multistep: shares of the run")
+    gamma: Share = Field(0.1, description="multistep: factor at each milestone")
+
+
+class Train(Settings):
+    """How the detector is trained."""
+
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    clip_norm: float = Field(10.0, ge=0, description="largest gradient norm; 0: no clipping")
+    ema: float = Field(0.9998, ge=0, lt=1, description="decay of the moving average of the weights; 0: none")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = True
+    eval_every: PositiveInt = Field(1, description="epochs between evaluations")
+    workers: int = Field(2, ge=0, description="loader processes")
+    device: Device = "auto"
+    seed: int = 0
+    tensorboard: bool = True
+
+
+class Config(Settings):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="the run's folder is <runs>/<name>-<n>")
+    runs: Path = Path("runs")
+    data: Data
+    input: Input
+    augment: Augment = Augment()
+    model: Model
+    train: Train
+
+
+def shipped() -> Path:
+    """The folder of the configs that come with detkit: inside the wheel, or the checkout's own."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def find(name: str | Path) -> Path:
+    """The config file `name`: as a path, in ./configs, or among those shipped. Raises UserError with the nearest."""
+    name = Path(name)
+    folders = (Path("configs"), shipped())
+    candidates = [name, *(folder / name for folder in folders)]
+    if not name.suffix:
+        candidates += [path.with_suffix(".yaml") for path in candidates]
+    for path in candidates:
+        if path.is_file():
+            return path
+    known = sorted({path.name for folder in folders for path in folder.glob("*.yaml")})
+    raise UserError(f"{name}: no such config{nearest(name.name, known)}; shipped: {', '.join(known)}")
+
+
+def _models(annotation: object) -> Iterator[type[Settings]]:
+    """The Settings classes inside a type annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        yield annotation
+    elif get_origin(annotation) is not None:
+        for part in get_args(annotation):
+            yield from _models(part)
+
+
+def names(model: type[Settings] = Config, prefix: str = "") -> Iterator[str]:
+    """Every setting's dotted name, groups included."""
+    for key, field in model.model_fields.items():
+        yield prefix + key
+        for inner in _models(field.annotation):
+            yield from names(inner, f"{prefix}{key}.")
+
+
+def override(tree: dict[str, Any], assignments: Sequence[str]) -> None:
+    """Apply ``a.b=VALUE`` assignments (values in YAML) to a config tree, in place."""
+    for assignment in assignments:
+        dotted, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set {assignment}: write it as name=value, such as train.epochs=5")
+        if dotted not in set(names()):
+            raise UserError(f"--set {assignment}: no setting '{dotted}'{nearest(dotted, names())}")
+        *groups, key = dotted.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--set {assignment}: '{group}' is not a group of settings in this config")
+        try:
+            node[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {assignment}: the value is not YAML; quote it") from None
+
+
+def parse(tree: object, source: str) -> Config:
+    """A Config from plain data. Raises UserError, one line, naming `source` and the setting."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # A union's tag stands in the location of what is inside it; it is no part of the setting's name.
+        dotted = ".".join(str(part) for part in first["loc"] if part not in ("ssd_extras", "pan", "fpn"))
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"{source}: no setting '{dotted}'{nearest(dotted, names())}") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        given = "" if first["type"] == "missing" else f", not {first['input']!r}"
+        raise UserError(f"{source}: {dotted or 'config'}: {reason[:1].lower() + reason[1:]}{given[:120]}") from None
+
+
+def load(name: str | Path, assignments: Sequence[str] = ()) -> Config:
+    """Read the config `name` (see `find`) and apply ``--set`` assignments. Raises UserError."""
+    path = find(name)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where else ""
+        raise UserError(f"{path}: not valid YAML{line}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: not a config: expected settings such as 'name:' and 'model:'")
+    override(tree, assignments)
+    return parse(tree, os.fspath(path))
+
+
+def dump(config: Config) -> str:
+    """The config as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None)

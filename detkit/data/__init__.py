@@ -1,0 +1,1 @@
+"""Pascal-VOC data: parsing, caching, augmentation, batches, synthesis. Never imports nn."""

@@ -1,0 +1,28 @@
+"""Errors that are the user's to mend: one line, exit code 2, no traceback without ``--debug``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class UserError(Exception):
+    """A mistake in what the user gave. The message is one line that names the file or setting and says what to do."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean X?)`` for the known word nearest to `word`, or an empty string where none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def need(module: str, extra: str) -> ModuleType:
+    """Import `module`; if it is not installed, raise a UserError that says which extra of detkit brings it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise UserError(f"{module} is not installed: run  pip install 'detkit[{extra}]'") from None

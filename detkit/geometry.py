@@ -1,0 +1,46 @@
+"""Where pixels go when a photo is resized to the network's canvas, and the way back. The only place that maps them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rule = Literal["stretch", "letterbox"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResizePlan:
+    """How one photo lies on a canvas: resized to `inner` (antialiased bilinear), put into the top-left corner.
+
+    source, inner, canvas: heights and widths in pixels. With `stretch`, inner equals canvas; with `letterbox` the
+    aspect ratio is kept (to the pixel) and what is left at the right or bottom is filled with the padding colour.
+    """
+
+    source: tuple[int, int]
+    inner: tuple[int, int]
+    canvas: tuple[int, int]
+
+    def _scale(self) -> NDArray[np.float64]:
+        (sh, sw), (ih, iw) = self.source, self.inner
+        return np.array([iw / sw, ih / sh, iw / sw, ih / sh])
+
+    def to_canvas(self, boxes: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Boxes [N, 4] of the original canvas, in pixels of the input canvas."""
+        return np.asarray(boxes, np.float64).reshape(-1, 4) * self._scale()
+
+    def to_source(self, boxes: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Boxes [N, 4] of the input canvas, in pixels of the original photo, clipped to it."""
+        mapped = np.asarray(boxes, np.float64).reshape(-1, 4) / self._scale()
+        return np.clip(mapped, 0, np.tile(self.source[::-1], 2))
+
+
+def plan(source: tuple[int, int], canvas: tuple[int, int], rule: Rule) -> ResizePlan:
+    """The plan for a photo of height and width `source` on a canvas of height and width `canvas`."""
+    if rule == "stretch":
+        return ResizePlan(source, canvas, canvas)
+    scale = min(canvas[0] / source[0], canvas[1] / source[1])
+    inner = tuple(min(full, max(1, round(side * scale))) for side, full in zip(source, canvas, strict=True))
+    return ResizePlan(source, (inner[0], inner[1]), canvas)

@@ -1,0 +1,1 @@
+"""Detection models: backbones, necks, heads, on one contract (see contract.py)."""
