@@ -79,6 +79,7 @@ class SSDExtras(Settings):
 
     name: Literal["ssd_extras"] = "ssd_extras"
     levels: int = Field(6, ge=2, le=7, description="feature maps in all")
+    reduced_fc: bool = Field(False, description="VGG as in the paper: L2Norm on conv4_3, fc6 and fc7 as convolutions")
 
 
 class PAN(Settings):
@@ -182,6 +183,12 @@ class Train(Settings):
     batch_size: PositiveInt
     optimizer: Optimizer
     schedule: Schedule = Schedule()
+    progressive: tuple[tuple[Share, Share], ...] = Field(
+        (), description="pairs (s, c): until share s of the epochs, train on a canvas of share c of input.size"
+    )
+    recalibrate_bn: int = Field(
+        0, ge=0, description="batches over which the loaded backbone's BatchNorm statistics are measured anew at first"
+    )
     clip_norm: float = Field(10.0, ge=0, description="largest gradient norm; 0: no clipping")
     ema: float = Field(0.9998, ge=0, lt=1, description="decay of the moving average of the weights; 0: none")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -189,8 +196,16 @@ class Train(Settings):
     eval_every: PositiveInt = Field(1, description="epochs between evaluations")
     workers: int = Field(2, ge=0, description="loader processes")
     device: Device = "auto"
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     tensorboard: bool = True
+
+    def canvas(self, size: tuple[int, int], epoch: int) -> tuple[int, int]:
+        """Height and width of the training canvas in an epoch (0-based): `size`, or less while `progressive` says so;
+        a multiple of 32."""
+        for until, share in self.progressive:
+            if epoch < until * self.epochs:
+                return max(32, round(size[0] * share / 32) * 32), max(32, round(size[1] * share / 32) * 32)
+        return size
 
 
 class Config(Settings):

@@ -92,4 +92,4 @@ class Batch(NamedTuple):
     images: Tensor
     targets: Targets
     plans: tuple[ResizePlan | None, ...]
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index is not missed

@@ -1,0 +1,187 @@
+"""Runs and checkpoints: weights as safetensors with the config, the classes and the figures beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from detkit import __version__, config, imaging
+from detkit.errors import UserError
+from detkit.files import atomic_write
+from detkit.manifest import Manifest
+from detkit.nn.detector import Detector, Predictor
+from detkit.runtime.session import Raw, detect_with
+from detkit.types import Detections
+
+BEST, LAST, STATE = "best.safetensors", "last.safetensors", "state.pt"
+
+
+def pick_device(wanted: config.Device) -> torch.device:
+    """The device that the setting means. Raises UserError where it is not to be had."""
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return torch.device(next(name for name in have if have[name]))
+    if not have[wanted]:
+        raise UserError(f"device {wanted}: torch finds no such device here; use auto or cpu")
+    return torch.device(wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A trained detector: the run's config, its classes, the weights, the epoch and the validation figures."""
+
+    path: Path
+    config: config.Config
+    classes: tuple[str, ...]
+    weights: dict[str, Tensor]
+    epoch: int
+    metrics: dict[str, Any]
+
+    def predictor(self) -> Predictor:
+        """The detector with these weights, ready to predict."""
+        detector = Detector(self.config.model, self.config.input, len(self.classes))
+        detector.load_state_dict(self.weights)
+        return Predictor(detector, self.config.model.select)
+
+    def manifest(self) -> Manifest:
+        """What an exported file says of itself."""
+        canvas = self.config.input
+        return Manifest(
+            detkit=__version__,
+            name=self.config.name,
+            classes=self.classes,
+            size=canvas.size,
+            resize=canvas.resize,
+            mean=canvas.mean,
+            std=canvas.std,
+            fill=imaging.fill(canvas.mean),
+            score=self.metrics["score"],
+            nms=self.config.model.select,
+            sha256=hashlib.sha256(self.path.read_bytes()).hexdigest(),
+            metrics={name: value for name, value in self.metrics.items() if name != "per_class"},
+        )
+
+
+class TorchSession:
+    """A checkpoint that detects as runtime.Session does an ONNX file: photos in, Detections in their pixels out."""
+
+    def __init__(self, path: Path, device: config.Device = "auto") -> None:
+        trained = read(path)
+        self.manifest = trained.manifest()
+        self._device = pick_device(device)
+        self._predictor = trained.predictor().to(self._device)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names; a label is an index into them."""
+        return self.manifest.classes
+
+    def detect(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        """Detections of each image, uint8 [h, w, 3] RGB of any size, in its own pixels, best first."""
+        return detect_with(self._run, self.manifest, images)
+
+    @torch.inference_mode()
+    def _run(self, images_B3HW: NDArray[np.uint8]) -> Raw:
+        outputs = self._predictor(torch.from_numpy(images_B3HW).to(self._device))
+        return Raw(*(output.cpu().numpy() for output in outputs))
+
+
+def write(
+    path: Path,
+    weights: dict[str, Tensor],
+    settings: config.Config,
+    classes: tuple[str, ...],
+    epoch: int,
+    metrics: dict[str, Any],
+) -> None:
+    """Write a checkpoint, atomically."""
+    metadata = {
+        "detkit": __version__,
+        "config": config.dump(settings),
+        "classes": json.dumps(classes),
+        "epoch": str(epoch),
+        "metrics": json.dumps(metrics),
+    }
+    plain = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    atomic_write(path, save(plain, metadata))
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint. Raises UserError where the file is not one of detkit's."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a checkpoint ({error})") from None
+    if "detkit" not in metadata:
+        raise UserError(f"{path}: not a checkpoint of detkit; for weights alone use --set model.weights={path}")
+    settings = config.parse(yaml.safe_load(metadata["config"]), f"{path} (config)")
+    classes = tuple(json.loads(metadata["classes"]))
+    return Checkpoint(path, settings, classes, weights, int(metadata["epoch"]), json.loads(metadata["metrics"]))
+
+
+def find(model: str | os.PathLike[str] | None, runs: Path = Path("runs")) -> Path:
+    """The file that `model` means: itself, a run folder's best (or last) checkpoint, or, for None, that of the newest
+    run. Raises UserError where there is none."""
+    if model is None:
+        found = [path for path in (_of_run(run) for run in runs.glob("*/")) if path]
+        if not found:
+            raise UserError(f"{runs}: no trained run yet; train one with  detkit train --config ssd_mobilenet.yaml")
+        return max(found, key=lambda path: path.stat().st_mtime_ns)
+    path = Path(model)
+    if path.is_dir():
+        inside = _of_run(path)
+        if inside is None:
+            raise UserError(f"{path}: a folder without {BEST} or {LAST}; is it a run of detkit?")
+        return inside
+    if not path.is_file():
+        raise UserError(f"{path}: no such model file or run folder")
+    return path
+
+
+def _of_run(run: Path) -> Path | None:
+    return next((run / name for name in (BEST, LAST) if (run / name).is_file()), None)
+
+
+def newest_stopped(runs: Path = Path("runs")) -> Path:
+    """The folder of the run whose state was saved last. Raises UserError where there is none."""
+    states = list(runs.glob(f"*/{STATE}"))
+    if not states:
+        raise UserError(f"{runs}: no run to resume")
+    return max(states, key=lambda path: path.stat().st_mtime_ns).parent
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write what resuming needs (weights, optimiser, counters), atomically."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def read_state(run: Path) -> dict[str, Any]:
+    """What `write_state` wrote into a run's folder; nothing but tensors and plain values is admitted."""
+    path = run / STATE
+    if not path.is_file():
+        raise UserError(f"{run}: nothing to resume: it has no {STATE}")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged file
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+    return state

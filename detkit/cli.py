@@ -1,0 +1,218 @@
+"""The command line: one function a verb. What a verb needs is imported inside it, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from detkit import __version__
+from detkit.errors import UserError, need
+
+if TYPE_CHECKING:
+    from detkit.runtime.predict import Detector
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Object detection for product images: from photos and Pascal-VOC XML to a trained, measured, deployed model.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Make and inspect data sets.")
+app.add_typer(data_app, name="data")
+
+ConfigOption = Annotated[str, typer.Option("--config", "-c", help="a path, a file in ./configs, or a shipped config")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="settings to change: --set train.epochs=5 data.root=PATH")
+]
+MoreSets = Annotated[list[str] | None, typer.Argument(hidden=True)]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="a run folder, a checkpoint or an .onnx; default: the newest run")
+]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+DeviceOption = Annotated[Device, typer.Option(help="where the network runs")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"detkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+) -> None:
+    """Object detection for product images."""
+
+
+@app.command("config")
+def show_config(
+    name: Annotated[str | None, typer.Argument(help="the config")] = None,
+    more: MoreSets = None,
+    sets: SetOption = None,
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema, for editors")] = False,
+) -> None:
+    """Print a config with every setting resolved, or the JSON schema of all settings."""
+    from detkit import config
+
+    if schema:
+        import json
+
+        typer.echo(json.dumps(config.Config.model_json_schema(), indent=1))
+    elif name is None:
+        raise UserError("name a config, such as  detkit config ssd_vgg.yaml , or use --schema")
+    else:
+        typer.echo(config.dump(config.load(name, [*(sets or []), *(more or [])])), nl=False)
+
+
+@app.command()
+def train(
+    config_name: Annotated[
+        str | None, typer.Option("--config", "-c", help="a path, a file in ./configs, or a shipped config")
+    ] = None,
+    sets: SetOption = None,
+    more: MoreSets = None,
+    resume: Annotated[
+        str | None, typer.Option(help="go on with a stopped run: its folder, or nothing for the newest")
+    ] = None,
+) -> None:
+    """Train a detector; the run goes to runs/<name>-<n>."""
+    # OpenMP's threads spin while they wait. Beside loader processes that halves a CPU's speed or worse.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    need("torch", "train")
+    from detkit import checkpoint, config
+    from detkit import train as job
+
+    console = _console()
+    if resume:
+        if sets or more:
+            raise UserError("--resume goes on with the run's own settings: leave out --set")
+        folder = checkpoint.newest_stopped() if resume == "newest" else Path(resume)
+        run = job.resume(folder, console)
+    elif config_name:
+        run = job.start(config.load(config_name, [*(sets or []), *(more or [])]), console)
+    else:
+        raise UserError("name a config, such as  --config ssd_mobilenet.yaml")
+    console.print(f"\ndone: {run}\nnext:  detkit predict PHOTO --model {run}\n       detkit export {run}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str | None, typer.Argument(help="a run folder or a checkpoint; default: the newest run")] = None,
+    data: Annotated[Path | None, typer.Option(help="another data set's folder")] = None,
+    split: Annotated[str | None, typer.Option(help="default: the run's validation split")] = None,
+    device: DeviceOption = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+) -> None:
+    """Measure a trained detector: COCO mAP and VOC AP50."""
+    need("torch", "train")
+    from detkit import evaluate as job
+
+    job.run(model, data, split, device, json_file, _console())
+
+
+@app.command()
+def predict(
+    photos: Annotated[list[str], typer.Argument(help="photos, folders, globs")],
+    model: ModelOption = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="a new folder; default: predictions/<n>")] = None,
+    file_format: Annotated[
+        Literal["json", "voc"], typer.Option("--format", help="what is written beside the pictures")
+    ] = "json",
+    score: Annotated[float | None, typer.Option(min=0, max=1, help="lowest score shown; default: the model's")] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Find the products in photos: a table, annotated pictures, and JSON or VOC XML."""
+    from detkit.runtime import predict as job
+
+    failures = job.predict(
+        _detector(model, device), photos, out, format=file_format, score=score, console=_console()
+    )
+    raise typer.Exit(1 if failures else 0)
+
+
+def _detector(model: str | None, device: str):  # type: ignore[no-untyped-def]
+    """What `detkit predict` runs: a Session for an .onnx file (torch-free), else a checkpoint under torch."""
+    if model is not None and Path(model).suffix == ".onnx":
+        from detkit.runtime.session import Session
+
+        if device == "mps":
+            raise UserError("--device mps: ONNX files run on auto, cpu or cuda")
+        return Session(model, device=device)
+    need("torch", "train")
+    from detkit import checkpoint
+
+    return checkpoint.TorchSession(checkpoint.find(model), device)
+
+
+@app.command()
+def export(
+    run: Annotated[str | None, typer.Argument(help="a run folder or a checkpoint; default: the newest run")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="the .onnx file; default: beside the model")] = None,
+) -> None:
+    """Write an ONNX file that takes pixels and gives boxes, after checking it against torch on real photos."""
+    need("torch", "train")
+    from detkit import export as job
+
+    job.run(run, out, _console())
+
+
+@data_app.command()
+def synth(
+    out: Annotated[Path, typer.Option(help="a new folder")],
+    train: Annotated[int, typer.Option(min=0, help="photos of the train split")] = 400,
+    val: Annotated[int, typer.Option(min=0, help="photos of the val split")] = 100,
+    size: Annotated[tuple[int, int], typer.Option(help="width and height in pixels")] = (640, 480),
+    seed: Annotated[int, typer.Option()] = 0,
+    workers: Annotated[int, typer.Option(help="processes; 0: one a core")] = 0,
+) -> None:
+    """Render photos of product shelves with Pascal-VOC XML."""
+    from detkit.console import counting
+    from detkit.data.synth import synthesise
+
+    console = _console()
+    with counting(console, "rendering") as progress:
+        synthesise(out, train=train, val=val, size=size, seed=seed, workers=workers, progress=progress)
+    console.print(f"{out}: {train} train and {val} val photos")
+
+
+@app.command()
+def demo() -> None:
+    """The whole job on made-up shelf photos: data, training, evaluation, prediction, export."""
+    need("torch", "train")
+    from detkit import demo as job
+
+    job.run(_console())
+
+
+def _console() -> Console:
+    # Off a terminal (a log file, CI) lines are not wrapped to 80 columns.
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a UserError is one line on stderr and exit code 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    if "--resume" in words:
+        # A bare --resume means the newest stopped run; typer has no options whose value may be left out.
+        after = words.index("--resume") + 1
+        if after == len(words) or words[after].startswith("-"):
+            words.insert(after, "newest")
+    try:
+        app(words)
+    except UserError as error:
+        if debug:
+            raise
+        print(f"detkit: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,126 @@
+"""Samples -> batches: the same ones whatever the number of worker processes."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from detkit.data.dataset import EvalSet, Key, Sample
+from detkit.errors import UserError
+from detkit.types import Batch, Targets
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """One batch: images uint8 [B, 3, H, W] (channels_last in memory), targets padded to a power of two G >= 1."""
+    images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
+    most = max(len(sample.labels) for sample in samples)
+    padded = 1 << max(0, most - 1).bit_length()
+    boxes = np.zeros((len(samples), padded, 4), np.float32)
+    labels = np.full((len(samples), padded), -1, np.int64)
+    ignore = np.zeros((len(samples), padded), np.bool_)
+    for row, sample in enumerate(samples):
+        count = len(sample.labels)
+        boxes[row, :count], labels[row, :count], ignore[row, :count] = sample.boxes, sample.labels, sample.ignore
+    targets = Targets(torch.from_numpy(boxes), torch.from_numpy(labels), torch.from_numpy(ignore))
+    index = torch.tensor([sample.index for sample in samples])
+    return Batch(images, targets, tuple(sample.plan for sample in samples), index)
+
+
+class _Guarded(Dataset[Sample | UserError]):
+    """The samples; a UserError is handed over, for a worker process would turn it into a page of traceback."""
+
+    def __init__(self, samples: EvalSet) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: Key) -> Sample | UserError:
+        try:
+            return self.samples[key]
+        except UserError as error:
+            return error
+
+
+def _collate(samples: Sequence[Sample | UserError]) -> Batch | UserError:
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+    return collate(cast("Sequence[Sample]", samples))
+
+
+class _Order(Sampler[list[Key]]):
+    """The keys of an epoch's batches. Lives in the main process; the last four fields are set before each pass."""
+
+    def __init__(self, count: int, batch_size: int, seed: int | None) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.epoch, self.close, self.start = 0, False, 0
+        self.canvas: tuple[int, int] | None = None
+        # A last small batch would train BatchNorm badly; but a data set smaller than a batch must still train.
+        self.whole = seed is not None and count >= batch_size
+
+    def __len__(self) -> int:
+        return self.count // self.batch_size if self.whole else -(-self.count // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = np.arange(self.count)
+        if self.seed is not None:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
+        for batch in range(self.start, len(self)):
+            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+            yield [Key(self.epoch, index, self.close, self.canvas) for index in chosen]
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C reaches the whole group; the main process alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Loader:
+    """Batches of a set of samples, an epoch at a time.
+
+    seed: the order is a permutation drawn from (seed, epoch), and a last batch that is not full is left out (unless
+    there is no other); None: in order and complete. workers: processes that decode, 0 for none; they stay alive
+    between epochs. pin: put batches into pinned memory, for CUDA.
+    """
+
+    def __init__(
+        self, samples: EvalSet, batch_size: int, workers: int, *, seed: int | None = None, pin: bool = False
+    ) -> None:
+        self._order = _Order(len(samples), batch_size, seed)
+        self._batches = DataLoader(
+            _Guarded(samples),
+            batch_sampler=self._order,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=pin,
+            worker_init_fn=_start_worker,
+            persistent_workers=workers > 0,
+        )
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self._order)
+
+    def epoch(
+        self, number: int = 0, *, start: int = 0, close: bool = False, canvas: tuple[int, int] | None = None
+    ) -> Iterator[Batch]:
+        """The batches of that epoch from the one numbered `start` on; `close` turns off mosaic, crop and expand;
+        `canvas`: height and width in pixels, where not the input's size.
+
+        Raises UserError, naming the file, where an image can't be decoded.
+        """
+        self._order.epoch, self._order.close, self._order.start, self._order.canvas = number, close, start, canvas
+        for batch in self._batches:
+            if isinstance(batch, UserError):
+                # Raised anew: raising `batch` itself makes a cycle with this frame, and workers that the garbage
+                # collector finds in a cycle take 5 s to end.
+                raise UserError(*batch.args)
+            # Pinning turns the tuple of plans into a list.
+            yield batch._replace(plans=tuple(batch.plans))

@@ -1,0 +1,103 @@
+"""Evaluation: Predictor over a split, measured on the original photos."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from detkit import checkpoint, metrics
+from detkit.checkpoint import pick_device
+from detkit.config import Data, Device
+from detkit.console import bar, counting
+from detkit.data import cache
+from detkit.data.batch import Loader
+from detkit.data.dataset import EvalSet
+from detkit.data.voc import DataSet, summary
+from detkit.errors import UserError
+from detkit.files import atomic_write
+from detkit.nn.detector import Predictor
+from detkit.runtime.session import detections
+from detkit.types import Detections
+
+
+def detect(predictor: Predictor, loader: Loader, device: torch.device, console: Console) -> list[Detections]:
+    """The detections of every photo that the loader gives, in its order, in pixels of the original photo."""
+    found: list[Detections] = []
+    with bar(console) as progress, torch.inference_mode():
+        task = progress.add_task("evaluating", total=len(loader))
+        for batch in loader.epoch():
+            images = batch.images.to(device, non_blocking=True)
+            outputs = [tensor.cpu().numpy() for tensor in predictor(images)]
+            for plan, *rows in zip(batch.plans, *outputs, strict=True):
+                found.append(detections(plan, *rows))
+            progress.advance(task)
+    return found
+
+
+def evaluate(
+    predictor: Predictor, loader: Loader, dataset: DataSet, device: torch.device, console: Console
+) -> dict[str, Any]:
+    """The figures of `metrics.evaluate` for a predictor on a split."""
+    found = detect(predictor, loader, device, console)
+    return metrics.evaluate([dataset[i] for i in range(len(dataset))], found, dataset.classes)
+
+
+def table(figures: dict[str, Any], title: str) -> Table:
+    """The figures as a table: one row a class, best first, and the mean last."""
+    result = Table(title=title, title_justify="left")
+    result.add_column("class")
+    for name in ("AP", "AP50"):
+        result.add_column(name, justify="right")
+    known = {name: pair for name, pair in figures["per_class"].items() if pair}
+    for name, (ap, ap50) in sorted(known.items(), key=lambda item: -item[1][0]):
+        result.add_row(name, f"{ap:.3f}", f"{ap50:.3f}")
+    result.add_section()
+    result.add_row("mean", f"{figures['mAP']:.3f}", f"{figures['mAP50']:.3f}", style="bold")
+    absent = len(figures["per_class"]) - len(known)
+    if absent:
+        result.caption = f"{absent} classes have no object in this split"
+    return result
+
+
+def load_split(data: Data, split: str, console: Console) -> DataSet:
+    """Read a split through the cache, with a line about it and one for every kind of finding."""
+    with counting(console, f"reading {split}") as progress:
+        found = cache.load(data, split, progress)
+    console.print(f"{split}: {len(found)} photos, {len(found.labels)} objects, {len(found.classes)} classes")
+    for line in summary(found.findings):
+        console.print(f"  {line}", highlight=False, style="yellow")
+    return found
+
+
+def run(
+    model: str | None, root: Path | None, split: str | None, device: Device, json_file: Path | None, console: Console
+) -> dict[str, Any]:
+    """``detkit eval``: print the figures of a run or checkpoint on a split, and write them to `json_file`.
+
+    Raises UserError where the data set's classes are not the model's.
+    """
+    trained = checkpoint.read(checkpoint.find(model))
+    settings = trained.config
+    data = settings.data if root is None else settings.data.model_copy(update={"root": root, "classes": None})
+    dataset = load_split(data, split or data.val, console)
+    if dataset.classes != trained.classes:
+        raise UserError(f"{data.root}: its classes are not those of {trained.path}: {_difference(dataset, trained)}")
+    loader = Loader(EvalSet(dataset, settings.input), settings.train.batch_size, settings.train.workers)
+    where = pick_device(device)
+    figures = evaluate(trained.predictor().to(where), loader, dataset, where, console)
+    console.print(table(figures, f"{trained.path} on {dataset.root}, {split or data.val}"))
+    console.print(f"VOC AP50 {figures['VOC_AP50']:.3f}   AP75 {figures['mAP75']:.3f}   AR {figures['AR']:.3f}")
+    if json_file:
+        atomic_write(json_file, json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def _difference(dataset: DataSet, trained: checkpoint.Checkpoint) -> str:
+    more, fewer = set(dataset.classes) - set(trained.classes), set(trained.classes) - set(dataset.classes)
+    parts = [f"{word} {', '.join(sorted(names)[:5])}" for word, names in (("also", more), ("no", fewer)) if names]
+    return "; ".join(parts) or "another order"

@@ -1,0 +1,88 @@
+"""The detector, and the two wrappers that replace a train/eval switch: Trainable for losses, Predictor for boxes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detkit import config
+from detkit.errors import UserError
+from detkit.nn import backbones, heads, necks
+from detkit.nn.contract import Losses
+from detkit.nn.select import select
+from detkit.types import Batch, Targets
+
+
+class Detector(nn.Module):
+    """Backbone, neck and head, and the normalisation before them.
+
+    forward: images uint8 [B, 3, H, W] RGB -> the head's own Outputs.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: config.Model, canvas: config.Input, classes: int) -> None:
+        super().__init__()
+        self.backbone = backbones.build(model.backbone)
+        self.neck = necks.build(model.neck, self.backbone)
+        try:
+            self.head = heads.build(model.head, self.neck, classes)
+        except ValueError as error:
+            raise UserError(f"model.head: {error}; change model.head.ratios or model.neck.levels") from None
+        for name, values in (("mean", canvas.mean), ("std", canvas.std)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images: Tensor, targets: Targets | None = None, rng: Any = None) -> Any:
+        """images uint8 [B, 3, H, W] -> the head's Outputs."""
+        hw = (int(images.shape[-2]), int(images.shape[-1]))
+        return self.head(self.neck(self.backbone(self.normalise(images))), hw, targets, rng)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] RGB -> float32, less the mean, over the standard deviation."""
+        return (images.to(self.mean.dtype) - self.mean) / self.std
+
+
+class Trainable(nn.Module):
+    """A detector as DDP wraps it: Batch -> Losses. Every parameter takes part in every batch's graph."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, batch: Batch, rng: Any = None) -> Losses:
+        """The losses of a batch, as sums and denominators."""
+        outputs = self.detector(batch.images, batch.targets, rng)
+        return self.detector.head.loss(outputs, batch.targets)
+
+
+class Predictor(nn.Module):
+    """What eval, predict and export run: images uint8 [B, 3, H, W] -> boxes [B, K, 4], scores [B, K], labels [B, K].
+
+    Boxes in pixels of the input canvas; score 0 is padding. It owns a copy of the detector in eval mode, so that the
+    one in training is never touched; `follow` brings new weights.
+    """
+
+    def __init__(self, detector: Detector, rule: config.Select) -> None:
+        super().__init__()
+        self.detector = copy.deepcopy(detector).eval().requires_grad_(False)
+        self.rule = rule
+
+    @torch.no_grad()
+    def follow(self, detector: Detector, decay: float) -> None:
+        """Move the weights and statistics towards the detector's: an exponential moving average. 0 takes them over."""
+        pairs = zip(self.detector.state_dict().values(), detector.state_dict().values(), strict=True)
+        floats = [(mine, other) for mine, other in pairs if mine.is_floating_point()]
+        torch._foreach_lerp_([mine for mine, _ in floats], [other for _, other in floats], 1 - decay)
+
+    def train(self, mode: bool = True) -> Predictor:  # noqa: ARG002
+        """Stay in eval mode whatever is asked for."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See the class."""
+        hw = (int(images.shape[-2]), int(images.shape[-1]))
+        return select(self.detector.head.decode(self.detector(images)), self.rule, hw)

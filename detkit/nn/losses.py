@@ -1,0 +1,79 @@
+"""Losses of dense heads, as sums and denominators (see contract.Losses)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from detkit.nn.boxes import encode, giou
+from detkit.nn.contract import Losses
+from detkit.nn.matching import Match, match_aligned, match_priors
+from detkit.types import Targets
+
+
+def _matched(match: Match, targets: Targets) -> tuple[Tensor, Tensor]:
+    """Boxes [B, A, 4] and labels [B, A] of the object that each candidate answers for (any, where it is negative)."""
+    boxes = targets.boxes.gather(1, match.object[..., None].expand(-1, -1, 4))
+    return boxes, targets.labels.gather(1, match.object).clamp(min=0)
+
+
+def multibox_loss(
+    logits_BAK: Tensor,
+    offsets_BA4: Tensor,
+    priors_A4: Tensor,
+    targets: Targets,
+    *,
+    threshold: float,
+    negatives: float,
+    variances: tuple[float, float],
+    smoothing: float = 0.0,
+) -> Losses:
+    """SSD's loss (Liu 2016, section 2.2): smooth L1 on the offsets of positives, softmax cross-entropy on positives
+    and on the hardest negatives, `negatives` a positive in each image; both over the number of positives.
+
+    logits: float [B, A, 1 + C], background first. offsets: float [B, A, 4]. priors: float [A, 4], pixels.
+    """
+    match = match_priors(priors_A4, targets, threshold)
+    boxes, labels = _matched(match, targets)
+    positive = match.positive
+    wanted = encode(torch.where(positive[..., None], boxes, priors_A4), priors_A4, variances)
+    box = F.smooth_l1_loss(offsets_BA4.float(), wanted, reduction="none").sum(-1)
+    classes = torch.where(positive, labels + 1, 0)
+    entropy = F.cross_entropy(logits_BAK.float().transpose(1, 2), classes, reduction="none", label_smoothing=smoothing)
+    with torch.no_grad():
+        hardness = entropy.masked_fill(positive | match.ignore, float("-inf"))
+        rank = hardness.argsort(1, descending=True).argsort(1)
+        negative = (rank < negatives * positive.sum(1, keepdim=True)) & hardness.isfinite()
+    count = positive.sum().float()
+    sums = {"class": (entropy * (positive | negative)).sum(), "box": (box * positive).sum()}
+    return Losses(sums, {"class": count, "box": count})
+
+
+def aligned_loss(
+    logits_BAC: Tensor,
+    boxes_BA4: Tensor,
+    centres_A2: Tensor,
+    targets: Targets,
+    *,
+    top: int,
+    smoothing: float = 0.0,
+    box_weight: float = 1.0,
+) -> Losses:
+    """Task-aligned loss (TOOD, Feng 2021): binary cross-entropy with the alignment as the wanted score, and GIoU on
+    the decoded boxes of positives weighted by it; both over the sum of wanted scores.
+
+    logits: float [B, A, C]. boxes: float32 [B, A, 4], decoded, pixels. centres: [A, 2], pixels.
+    """
+    logits = logits_BAC.float()
+    match = match_aligned(boxes_BA4, logits.sigmoid(), centres_A2, targets, top)
+    boxes, labels = _matched(match, targets)
+    quality = match.quality * (1 - smoothing)
+    wanted = torch.zeros_like(logits).scatter(2, labels[..., None], quality[..., None])
+    # A negative's loss is scaled down by the square of its score, so that the many easy ones do not drown the rest.
+    weight = torch.where(wanted > 0, 1.0, 0.75 * logits.detach().sigmoid().square()) * ~match.ignore[..., None]
+    entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    box = (1 - giou(boxes_BA4, boxes)) * quality
+    count = quality.sum()
+    sums = {"class": (entropy * weight).sum(), "box": box_weight * (box * match.positive).sum()}
+    return Losses(sums, {"class": count, "box": count})

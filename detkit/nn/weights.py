@@ -1,0 +1,162 @@
+"""Weights that others trained: files and downloads with torchvision's key names, put into a detector of ours."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torchvision.models import WeightsEnum, get_model_weights, get_weight
+from torchvision.models.detection import SSD300_VGG16_Weights
+
+from detkit import config
+from detkit.errors import UserError, nearest
+from detkit.nn.detector import Detector
+
+SUFFIXES = (".pth", ".pt", ".safetensors")
+
+# torchvision's ssd300_vgg16 -> our detector with VGG16 and SSD's own neck. It cuts VGG at the fourth pool
+# (features.23), so that conv5 is numbered anew in extra.0; fc6 and fc7 follow there as number 7.
+REFERENCE = {
+    "backbone.features.": "backbone.features.",
+    "backbone.scale_weight": "neck.scale",
+    **{f"backbone.extra.0.{i}.": f"backbone.features.{23 + i}." for i in (1, 3, 5)},
+    "backbone.extra.0.7.": "neck.extra.0.",
+    **{f"backbone.extra.{i}.": f"neck.extra.{i}." for i in range(1, 6)},
+    "head.classification_head.module_list.": "head.scores.",
+    "head.regression_head.module_list.": "head.offsets.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was loaded. source: the file or the weights' name. loaded: number of tensors. missing: the detector's
+    tensors that the source lacks. mismatched: those that it has in another shape. Both are as initialised.
+    unexpected: the source's tensors that were not used."""
+
+    source: str
+    loaded: int
+    missing: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = [f"weights: {self.loaded} tensors from {self.source}"]
+        if self.missing:
+            parts.append(f"as initialised: {_groups(self.missing)}")
+        if self.mismatched:
+            parts.append(f"as initialised, since the number of classes or boxes differs: {_groups(self.mismatched)}")
+        if self.unexpected:
+            parts.append(f"not used: {_groups(self.unexpected)}")
+        return "; ".join(parts)
+
+
+def _groups(names: Iterable[str]) -> str:
+    """``head.scores (12), neck (8)``: how many tensors there are of each part."""
+    parts = Counter(".".join(name.split(".")[: 2 if name.startswith("head.") else 1]) for name in names)
+    return ", ".join(f"{part} ({count})" for part, count in parts.items())
+
+
+def load(detector: Detector, model: config.Model) -> Report | None:
+    """Put the weights that ``model.weights`` means (see config.Model) into `detector`, whatever their precision.
+
+    Returns what was loaded and what was not, or None for 'none'. Raises UserError, and changes nothing, where they
+    can't be had or don't cover the whole backbone: a backbone is never loaded in part.
+    """
+    if model.weights == "none":
+        return None
+    if model.weights.endswith(SUFFIXES):
+        source, state = model.weights, _read(Path(model.weights))
+    else:
+        wanted = _hub(model.weights, model.backbone.name)
+        source, state = str(wanted), _download(wanted)
+    given = _renamed(state)
+    own = {name: tensor for name, tensor in detector.state_dict().items() if not name.endswith("num_batches_tracked")}
+    missing = tuple(name for name in own if name not in given)
+    mismatched = tuple(name for name in own if name in given and given[name].shape != own[name].shape)
+    bad = [name for name in (*missing, *mismatched) if name.startswith("backbone.")]
+    if bad:
+        raise UserError(
+            f"model.weights={model.weights}: not weights of the backbone {model.backbone.name}: {len(bad)} of its "
+            f"tensors are absent or of another shape, such as {', '.join(bad[:3])}"
+        )
+    fitting = {name: given[name] for name in own if name not in missing and name not in mismatched}
+    detector.load_state_dict(fitting, strict=False)
+    unexpected = tuple(name for name in given if name not in detector.state_dict())
+    return Report(source, len(fitting), missing, mismatched, unexpected)
+
+
+def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict by our names: of the reference detector, of a detector of ours, or of a classification network
+    (whose classifier nobody here asks for)."""
+    if "backbone.scale_weight" in state:
+        return {_reference_name(name): tensor for name, tensor in state.items()}
+    if any(name.startswith("backbone.") for name in state):
+        return state
+    return {f"backbone.{name}": tensor for name, tensor in state.items()}
+
+
+def _reference_name(name: str) -> str:
+    for theirs, ours in REFERENCE.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file. Nothing but tensors is unpickled."""
+    if not path.is_file():
+        raise UserError(f"model.weights={path}: no such file")
+    state: Any
+    try:
+        safe = path.suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # noqa: BLE001 - torch and safetensors raise many kinds for a damaged file
+        raise UserError(
+            f"model.weights={path}: can't be read as weights: it is damaged, or a pickle of more than tensors, "
+            "which could run code and is refused"
+        ) from None
+    for wrapper in ("model", "state_dict"):  # checkpoints of torchvision's training scripts, and of many others
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UserError(f"model.weights={path}: not a state dict: expected tensors by name")
+    return state
+
+
+def _hub(spec: str, backbone: str) -> WeightsEnum:
+    """The torchvision weights that a setting means."""
+    own = get_model_weights(backbone)
+    if spec == "imagenet":
+        return own.DEFAULT
+    if spec == "torchvision":
+        return SSD300_VGG16_Weights.COCO_V1
+    try:
+        return get_weight(spec)
+    except (ValueError, KeyError, AttributeError):
+        known = ("none", "imagenet", "torchvision", *map(str, own))
+        raise UserError(
+            f"model.weights={spec}: neither a file ({', '.join(SUFFIXES)}) nor weights of torchvision"
+            f"{nearest(spec, known)}; for {backbone} there are: {', '.join(known)}"
+        ) from None
+
+
+def _download(wanted: WeightsEnum) -> dict[str, Tensor]:
+    """The state dict from torchvision's server, or from torch.hub's cache of it."""
+    try:
+        state: dict[str, Tensor] = wanted.get_state_dict(
+            progress=True, check_hash=True, map_location="cpu", weights_only=True
+        )
+    except (OSError, HTTPException, RuntimeError) as error:
+        reason = str(getattr(error, "reason", None) or error or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{wanted}: the download failed ({reason}): fetch {wanted.url} on a machine with internet and set "
+            "model.weights=PATH to the file, or train from scratch with model.weights=none"
+        ) from None
+    return state

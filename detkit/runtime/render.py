@@ -1,0 +1,219 @@
+"""Detections drawn on the photo: legible on 200 px and on 4000 px, with three items or with sixty."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from detkit.types import Detections
+
+# Okabe and Ito's seven, then each the colour farthest (in Lab, seen normally, with protanopia and with deuteranopia)
+# from those before it. Fixed: a class keeps its colour from run to run.
+PALETTE = (
+    "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#0000FF",
+    "#692D0F", "#D2F0A5", "#6969FF", "#5A2D4B", "#78FFFF", "#5A00A5", "#E1004B", "#D2A55A",
+    "#F0B4B4", "#6996FF", "#781E78", "#B4FF78", "#2D693C", "#003CE1", "#A53C0F", "#D200B4",
+)  # fmt: skip
+MIN_FONT = 11  # pixels; below it the letters of Pillow's own font run together
+
+_Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+_SPELT = str.maketrans({"ß": "ss", "æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L",
+                        "đ": "d", "Đ": "D", "ð": "d", "þ": "th", "Þ": "Th", "ı": "i"})  # fmt: skip
+
+
+class _Style(NamedTuple):
+    """Sizes in pixels: line width, font size, and the space around a tag's text."""
+
+    line: int
+    font: int
+    pad: int
+
+
+class _Tag(NamedTuple):
+    text: str
+    x: int
+    y: int
+
+
+def colour(label: int) -> tuple[int, int, int]:
+    """The RGB colour of a class, by its index."""
+    code = PALETTE[label % len(PALETTE)]
+    return int(code[1:3], 16), int(code[3:5], 16), int(code[5:7], 16)
+
+
+def ink(background: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Black or white, whichever has more contrast (as WCAG measures it) with an RGB background."""
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in background)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return (0, 0, 0) if (luminance + 0.05) / 0.05 >= 1.05 / (luminance + 0.05) else (255, 255, 255)
+
+
+def plain(name: str, label: int) -> str:
+    """The name in letters that Pillow's own font has, which are ASCII: without accents, or as '#<label>'."""
+    letters = unicodedata.normalize("NFKD", name.translate(_SPELT))
+    text = "".join(c for c in letters if not unicodedata.combining(c)).strip()
+    return text if text.isascii() and text.isprintable() and text else f"#{label}"
+
+
+def draw(
+    image: NDArray[np.uint8], detections: Detections, classes: Sequence[str], score: float = 0.0
+) -> NDArray[np.uint8]:
+    """The image with a box and a tag (class, score in percent) for each detection of at least `score`.
+
+    image: uint8 [H, W, 3], the photo that the detections are of; it is not changed. Returns uint8 [H, W, 3].
+    Lines and letters grow with the photo and shrink, to a floor, with the boxes. Where tags would cover each other
+    they go without the score, then with a shortened name.
+    """
+    shown = detections.above(score)
+    picture = Image.fromarray(image)
+    if not len(shown):
+        return np.array(picture)
+    canvas = ImageDraw.Draw(picture)
+    style = _style(shown)
+    boxes = [_pixels(box, shown.hw) for box in shown.boxes]
+    for box, label in reversed(list(zip(boxes, shown.labels, strict=True))):  # the best on top
+        _outline(canvas, box, colour(int(label)), style.line)
+    font = ImageFont.load_default(style.font)
+    for tag, label in zip(_place(shown, boxes, classes, style, font), shown.labels, strict=True):
+        if tag is not None:
+            _stamp(canvas, tag, colour(int(label)), style, font)
+    return np.array(picture)
+
+
+def contact_sheet(images: Sequence[NDArray[np.uint8]], columns: int, width: int) -> NDArray[np.uint8]:
+    """Images, uint8 [h, w, 3] of any sizes, in rows of `columns`, as one picture uint8 [H, width, 3] on white.
+
+    The images of a row are as high as each other and fill the width; a last row that is short keeps the height of the
+    row before it. Raises ValueError where there are no images.
+    """
+    if not images:
+        raise ValueError("no images for a contact sheet")
+    gap = max(2, round(width / 160))
+    columns = min(columns, len(images))
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    strips: list[list[Image.Image]] = []
+    high = 0
+    for row in rows:
+        aspect = sum(image.shape[1] / image.shape[0] for image in row)
+        fit = max(1, round((width - gap * (len(row) - 1)) / aspect))
+        high = fit if len(row) == columns else min(fit, high)
+        strips.append([_shrunk(image, high) for image in row])
+    sheet = Image.new("RGB", (width, sum(strip[0].height + gap for strip in strips) - gap), "white")
+    y = 0
+    for strip in strips:
+        x = 0
+        for picture in strip:
+            sheet.paste(picture, (x, y))
+            x += picture.width + gap
+        y += strip[0].height + gap
+    return np.array(sheet)
+
+
+def _shrunk(image: NDArray[np.uint8], height: int) -> Image.Image:
+    width = max(1, round(image.shape[1] * height / image.shape[0]))
+    return Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _style(shown: Detections) -> _Style:
+    side = math.sqrt(shown.hw[0] * shown.hw[1])
+    sizes = np.sqrt(np.prod(shown.boxes[:, 2:] - shown.boxes[:, :2], axis=1))
+    typical = float(np.median(sizes))
+    font = max(MIN_FONT, round(min(side / 42, max(typical / 5, side / 75))))
+    line = max(1 if side < 160 else 2, round(min(side / 280, typical / 16)))
+    return _Style(line, font, max(2, round(font / 5)))
+
+
+def _pixels(box: NDArray[np.float32], hw: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The box as first and last pixels, inside the picture and never inverted."""
+    x1, y1, x2, y2 = (round(float(v)) for v in box)
+    x1, y1 = min(max(x1, 0), hw[1] - 1), min(max(y1, 0), hw[0] - 1)
+    return x1, y1, max(x1, min(x2, hw[1]) - 1), max(y1, min(y2, hw[0]) - 1)
+
+
+def _outline(canvas: ImageDraw.ImageDraw, box: tuple[int, int, int, int], rgb: tuple[int, int, int], line: int) -> None:
+    """The box in its colour, and inside it a thin line that sets it off from a product of the same colour."""
+    edge = max(1, line // 4)
+    x1, y1, x2, y2 = box
+    inner = (x1 + line, y1 + line, x2 - line, y2 - line)
+    if inner[2] - inner[0] > 4 * line and inner[3] - inner[1] > 4 * line:
+        canvas.rectangle(inner, outline=ink(rgb), width=edge)
+    canvas.rectangle(box, outline=rgb, width=line)
+
+
+def _stamp(canvas: ImageDraw.ImageDraw, tag: _Tag, rgb: tuple[int, int, int], style: _Style, font: _Font) -> None:
+    width, height = _extent(tag.text, style, font)
+    canvas.rectangle((tag.x, tag.y, tag.x + width - 1, tag.y + height - 1), fill=rgb)
+    canvas.text((tag.x + style.pad, tag.y + height / 2), tag.text, fill=ink(rgb), font=font, anchor="lm")
+
+
+def _extent(text: str, style: _Style, font: _Font) -> tuple[int, int]:
+    """Width and height of a tag; the height is the same for every text."""
+    return math.ceil(font.getlength(text)) + 2 * style.pad, style.font + style.pad
+
+
+def _texts(name: str, score: float, room: int, style: _Style, font: _Font) -> Iterator[str]:
+    """What a tag may say, the fullest first: name and score, name, a shortened name as wide as the box."""
+    yield f"{name} {min(99, round(100 * score)):02d}"
+    yield name
+    for length in range(len(name) - 1, 2, -1):
+        short = f"{name[:length].rstrip()}…"
+        if _extent(short, style, font)[0] <= room:
+            yield short
+            return
+
+
+def _spots(box: tuple[int, int, int, int], width: int, height: int, line: int) -> Iterator[tuple[int, int]]:
+    """Corners a tag may have, the best first: on the box, in its top, under it, then the same from the right."""
+    x1, y1, x2, y2 = box
+    right = x2 + 1 - width
+    for x in (x1, right):
+        yield from ((x, y1 - height), (x, y1), (x, y2 + 1))
+    yield from ((x1, y2 + 1 - height), (right, y2 + 1 - height))
+    middle = (y1 + y2 - height) // 2
+    yield from ((x1 + line, middle), ((x1 + right) // 2, y1), ((x1 + right) // 2, middle))
+
+
+def _place(
+    shown: Detections, boxes: Sequence[tuple[int, int, int, int]], classes: Sequence[str], style: _Style, font: _Font
+) -> list[_Tag | None]:
+    """A tag for each detection, best first, each where it covers no earlier one if there is such a place; None where
+    the picture is smaller than the tag."""
+    high, wide = shown.hw
+    taken = np.empty((len(boxes), 4), np.int64)
+    tags: list[_Tag | None] = []
+    count = 0
+    for box, label, score in zip(boxes, shown.labels, shown.scores, strict=True):
+        best: tuple[int, _Tag, int] | None = None
+        name = plain(classes[label], int(label))
+        for text in _texts(name, float(score), box[2] - box[0] + 1, style, font):
+            width, height = _extent(text, style, font)
+            if width > wide or height > high:
+                continue
+            for x, y in _spots(box, width, height, style.line):
+                tag = _Tag(text, min(max(x, 0), wide - width), min(max(y, 0), high - height))
+                covered = _covered(taken[:count], tag.x, tag.y, width, height)
+                if best is None or covered < best[0]:
+                    best = (covered, tag, width)
+                if not covered:
+                    break
+            if best is not None and not best[0]:
+                break
+        tags.append(best[1] if best else None)
+        if best:
+            _, tag, width = best
+            taken[count] = tag.x, tag.y, tag.x + width, tag.y + style.font + style.pad
+            count += 1
+    return tags
+
+
+def _covered(taken: NDArray[np.int64], x: int, y: int, width: int, height: int) -> int:
+    """How many pixels of the tags that are `taken` (x1 y1 x2 y2) a new one would cover."""
+    across = np.minimum(taken[:, 2], x + width) - np.maximum(taken[:, 0], x)
+    down = np.minimum(taken[:, 3], y + height) - np.maximum(taken[:, 1], y)
+    return int((across.clip(0) * down.clip(0)).sum())
