@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from detkit import __version__
-from detkit.errors import UserError, need
+from detkit.errors import Interrupted, UserError, need
 
 if TYPE_CHECKING:
     from detkit.runtime.predict import Detector
@@ -213,6 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"detkit: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
+    except Interrupted as stop:
+        print(f"detkit: {stop}", file=sys.stderr)  # noqa: T201
+        sys.exit(stop.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

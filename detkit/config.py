@@ -70,8 +70,15 @@ class Backbone(Settings):
         "vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn",
         "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2",
     ]  # fmt: skip
+    width: PositiveFloat = Field(1.0, description="mobilenet_v2: factor on the channels; the others come as they are")
     freeze: int = Field(0, ge=0, le=5, description="stages kept as loaded, counted from the image")
     frozen_bn: bool = Field(False, description="BatchNorm keeps its loaded statistics, weights and biases")
+
+    @model_validator(mode="after")
+    def _width(self) -> Backbone:
+        if self.width != 1 and self.name != "mobilenet_v2":
+            raise ValueError(f"width is for mobilenet_v2; {self.name} has only 1.0")
+        return self
 
 
 class SSDExtras(Settings):
@@ -282,14 +289,32 @@ def parse(tree: object, source: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        # A union's tag stands in the location of what is inside it; it is no part of the setting's name.
-        dotted = ".".join(str(part) for part in first["loc"] if part not in ("ssd_extras", "pan", "fpn"))
-        if first["type"] == "extra_forbidden":
-            raise UserError(f"{source}: no setting '{dotted}'{nearest(dotted, names())}") from None
-        reason = first["msg"].removeprefix("Value error, ")
-        given = "" if first["type"] == "missing" else f", not {first['input']!r}"
-        raise UserError(f"{source}: {dotted or 'config'}: {reason[:1].lower() + reason[1:]}{given[:120]}") from None
+        raise UserError(f"{source}: {_reason(error.errors()[0])}") from None
+
+
+def _reason(error: Any) -> str:
+    """One of pydantic's errors as part of a line, with the setting's name."""
+    known, kind = set(names()), error["type"]
+    dotted, choice = "", ""
+    for at, part in enumerate(error["loc"], 1):
+        name = f"{dotted}.{part}".lstrip(".")
+        if isinstance(part, int) or name in known or (kind == "extra_forbidden" and at == len(error["loc"])):
+            dotted = name
+        else:
+            choice = part  # of a union; it is no part of the setting's name
+    if kind == "extra_forbidden":
+        if dotted in known:
+            group = dotted.rpartition(".")[0]
+            return f"'{dotted}' is no setting of {choice}; give the group whole, such as {group}={{name: {choice}}}"
+        return f"no setting '{dotted}'{nearest(dotted, known)}"
+    if kind == "union_tag_invalid":
+        tag, tags = error["ctx"]["tag"], error["ctx"]["expected_tags"]
+        return f"{dotted}.name: should be one of {tags}, not '{tag}'{nearest(tag, tags.replace(chr(39), '').split(', '))}"
+    if kind == "union_tag_not_found":
+        return f"{dotted}.name: missing"
+    reason = error["msg"].removeprefix("Value error, ")
+    given = "" if kind in ("missing", "value_error") else f", not {error['input']!r}"
+    return f"{dotted or 'config'}: {reason[:1].lower() + reason[1:]}{given[:120]}"
 
 
 def load(name: str | Path, assignments: Sequence[str] = ()) -> Config:

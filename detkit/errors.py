@@ -12,6 +12,14 @@ class UserError(Exception):
     """A mistake in what the user gave. The message is one line that names the file or setting and says what to do."""
 
 
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """Work was asked to stop (Ctrl-C, SIGTERM) and has saved its state. The message says how to go on."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`` (did you mean X?)`` for the known word nearest to `word`, or an empty string where none is near."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

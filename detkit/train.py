@@ -27,7 +27,7 @@ from detkit.console import bar, duration
 from detkit.data.batch import Loader
 from detkit.data.dataset import EvalSet, TrainSet
 from detkit.data.voc import write_findings
-from detkit.errors import UserError
+from detkit.errors import Interrupted, UserError
 from detkit.evaluate import evaluate, load_split, table
 from detkit.files import atomic_write, next_folder
 from detkit.nn import weights
@@ -36,10 +36,6 @@ from detkit.nn.detector import Detector, Predictor, Trainable
 from detkit.types import Batch
 
 FIGURES = ("mAP", "mAP50", "mAP75", "VOC_AP50")
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state. Its argument is the signal's number."""
 
 
 def make_optimizer(detector: Detector, settings: config.Optimizer) -> Optimizer:
@@ -236,7 +232,7 @@ def start(settings: config.Config, console: Console) -> Path:
     run = Run(settings, console)
     report = weights.load(run.detector, settings.model)
     if report:
-        console.print(report, highlight=False)
+        console.print(str(report), highlight=False)
     if settings.train.recalibrate_bn:
         run.recalibrate()
     run.predictor.follow(run.detector, 0)
@@ -291,7 +287,7 @@ def _loop(run: Run) -> Path:
                 row = run.train_epoch(progress, stop)
             if stop():
                 run.save_state()
-                raise Interrupted(stop(), run.folder)
+                raise Interrupted(f"stopped; go on with  detkit train --resume {run.folder}", stop())
             run.epoch, run.step_in_epoch = run.epoch + 1, 0
             row = {"epoch": run.epoch, "lr": float(run.schedule.get_last_lr()[-1]), **row}
             if run.epoch % cfg.eval_every == 0 or run.epoch == cfg.epochs:

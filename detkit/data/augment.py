@@ -38,7 +38,8 @@ class Labelled(NamedTuple):
 
 
 @cache
-def _jitter() -> Any:
+def jitter() -> Any:
+    """The colour change, made once a process. Raises UserError where albumentations is not installed."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks the network for a newer version
     albumentations: Any = need("albumentations", "train")
     need("cv2", "train").setNumThreads(0)  # the loader's processes are the parallelism
@@ -50,9 +51,9 @@ def _jitter() -> Any:
 
 def colour(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """The image with its brightness, contrast, saturation and (little) hue changed."""
-    jitter = _jitter()
-    jitter.set_random_seed(int(rng.integers(2**31)))
-    changed: NDArray[np.uint8] = jitter(image=image)["image"]
+    change = jitter()
+    change.set_random_seed(int(rng.integers(2**31)))
+    changed: NDArray[np.uint8] = change(image=image)["image"]
     return changed
 
 

@@ -77,6 +77,8 @@ class TrainSet(EvalSet):
         super().__init__(dataset, settings)
         self.augment = augment
         self.seed = seed
+        if augment.colour:
+            changes.jitter()  # what is not installed is told now, and forked workers need not import it each
 
     def __getitem__(self, key: Key | int) -> Sample:
         """Raises UserError, naming the file, where an image can't be decoded. A bare index is one of epoch 0."""

@@ -72,10 +72,10 @@ _COLA, _DEEP = (206, 22, 34), (142, 8, 20)
 _ICE, _SKY = (228, 242, 252), (120, 184, 232)
 # fmt: off
 PRODUCTS: tuple[Product, ...] = (
-    Product("cereal_honey", "carton", (13.5, 20, 5), "OATIES", "Honey", _BLUE, _NAVY, (246, 178, 30), WHITE, (200, 24,
-            40), "bowl", new=True),
-    Product("cereal_cocoa", "carton", (13.5, 20, 5), "OATIES", "Cocoa", _BLUE, _NAVY, (104, 52, 26), WHITE, (200, 24,
-            40), "bowl", new=True),
+    Product("cereal_honey", "carton", (13.5, 20, 5), "OATIES", "Honey", _BLUE, _NAVY, (246, 178, 30), WHITE,
+            (200, 24, 40), "bowl", new=True),
+    Product("cereal_cocoa", "carton", (13.5, 20, 5), "OATIES", "Cocoa", _BLUE, _NAVY, (104, 52, 26), WHITE,
+            (200, 24, 40), "bowl", new=True),
     Product("cola_classic", "can", (7.6, 12, 0), "Kolino", "Classic", _COLA, _DEEP, (244, 240, 232), _COLA, WHITE,
             "ribbon", stackable=True),
     Product("cola_zero", "can", (7.6, 12, 0), "Kolino", "Zero", _COLA, _DEEP, (26, 22, 24), _COLA, WHITE, "ribbon",
@@ -84,24 +84,24 @@ PRODUCTS: tuple[Product, ...] = (
             "mountain", lid=(30, 96, 204), inside=(196, 222, 236)),
     Product("water_sparkling", "pet", (7.2, 23, 0), "Alpina", "Sparkling", _ICE, _SKY, (16, 142, 92), (24, 84, 190),
             WHITE, "mountain", lid=(18, 150, 96), inside=(196, 222, 236)),
-    Product("soda_orange", "pet", (7.8, 21, 0), "Fizzo", "Orange", (255, 214, 40), (250, 130, 16), (22, 120, 60), (22,
-            120, 60), WHITE, "slice", lid=(240, 110, 10), inside=(246, 146, 28)),
-    Product("jam_strawberry", "jar", (8.4, 11, 0), "Nonna", "Strawberry", (252, 246, 230), (246, 226, 204), (190, 22,
-            48), WHITE, (150, 16, 40), "strawberry", lid=(206, 36, 52), inside=(140, 10, 28)),
-    Product("pickles", "jar", (9, 13.5, 0), "GURKO", "Pickles", (236, 244, 196), (196, 218, 120), (34, 96, 44), (34,
-            96, 44), (250, 236, 120), "gherkin", lid=GOLD, inside=(118, 142, 52)),
-    Product("crisps_paprika", "bag", (13.5, 18.5, 0), "CRACKO", "Paprika", (238, 64, 30), (190, 14, 26), (250, 206,
-            36), (250, 206, 36), (180, 14, 26), "chips", new=True),
-    Product("coffee_beans", "bag", (10.5, 17, 0), "MORO", "Espresso", (52, 38, 32), (20, 14, 12), (196, 150, 66), (40,
-            28, 24), (222, 180, 96), "beans"),
-    Product("yoghurt_blueberry", "tub", (10.5, 9, 0), "Lacta", "Blueberry", (250, 250, 252), (196, 206, 242), (84, 70,
-            170), (84, 70, 170), WHITE, "berries", lid=(236, 238, 246), stackable=True),
-    Product("milk", "gable", (8.6, 19.5, 7), "Meadow", "Milk", (250, 252, 254), (202, 228, 246), (34, 130, 60), (24,
-            88, 176), WHITE, "meadow", lid=(24, 88, 176)),
+    Product("soda_orange", "pet", (7.8, 21, 0), "Fizzo", "Orange", (255, 214, 40), (250, 130, 16), (22, 120, 60),
+            (22, 120, 60), WHITE, "slice", lid=(240, 110, 10), inside=(246, 146, 28)),
+    Product("jam_strawberry", "jar", (8.4, 11, 0), "Nonna", "Strawberry", (252, 246, 230), (246, 226, 204),
+            (190, 22, 48), WHITE, (150, 16, 40), "strawberry", lid=(206, 36, 52), inside=(140, 10, 28)),
+    Product("pickles", "jar", (9, 13.5, 0), "GURKO", "Pickles", (236, 244, 196), (196, 218, 120), (34, 96, 44),
+            (34, 96, 44), (250, 236, 120), "gherkin", lid=GOLD, inside=(118, 142, 52)),
+    Product("crisps_paprika", "bag", (13.5, 18.5, 0), "CRACKO", "Paprika", (238, 64, 30), (190, 14, 26),
+            (250, 206, 36), (250, 206, 36), (180, 14, 26), "chips", new=True),
+    Product("coffee_beans", "bag", (10.5, 17, 0), "MORO", "Espresso", (52, 38, 32), (20, 14, 12), (196, 150, 66),
+            (40, 28, 24), (222, 180, 96), "beans"),
+    Product("yoghurt_blueberry", "tub", (10.5, 9, 0), "Lacta", "Blueberry", (250, 250, 252), (196, 206, 242),
+            (84, 70, 170), (84, 70, 170), WHITE, "berries", lid=(236, 238, 246), stackable=True),
+    Product("milk", "gable", (8.6, 19.5, 7), "Meadow", "Milk", (250, 252, 254), (202, 228, 246), (34, 130, 60),
+            (24, 88, 176), WHITE, "meadow", lid=(24, 88, 176)),
     Product("juice_orange", "gable", (8.6, 19.5, 7), "Sunny", "Juice", (255, 236, 150), (252, 168, 36), (236, 96, 10),
             (20, 120, 58), WHITE, "slice", lid=(20, 120, 58), new=True),
-    Product("chocolate", "flat", (15, 7.4, 1.4), "Velours", "Dark 70%", (92, 36, 104), (52, 16, 64), GOLD, (60, 20,
-            72), GOLD, "choco", stackable=True),
+    Product("chocolate", "flat", (15, 7.4, 1.4), "Velours", "Dark 70%", (92, 36, 104), (52, 16, 64), GOLD,
+            (60, 20, 72), GOLD, "choco", stackable=True),
     Product("tea_green", "flat", (12.5, 8.4, 6), "Zenji", "Green Tea", (206, 232, 160), (112, 176, 84), (24, 92, 54),
             (24, 92, 54), (246, 244, 220), "leaf", stackable=True),
 )
@@ -932,7 +932,7 @@ def _stand(rng: np.random.Generator, product: int, x: float, bay: Bay, s: float,
             product,
             x + rng.normal(0, 0.015) * s * level * 8,
             y - rise,
-            s * float(rng.choice([0.99, 1.01])),
+            s,
             lean,
             light,
         )
@@ -966,7 +966,7 @@ class _Canvas:
         turn = int(np.clip(round((0.5 - item.x / width) * 5), -2, 2))
         sprite = _scaled(item.product, turn, item.scale, item.light)
         if item.lean:
-            sprite = sprite.rotate(item.lean, Image.Resampling.BICUBIC, expand=True)
+            sprite = sprite.rotate(item.lean, Image.Resampling.BILINEAR, expand=True)
             sprite = sprite.crop(sprite.getchannel("A").point([0] * 128 + [255] * 128).getbbox())
         (w, h), s = sprite.size, item.scale
         x, y = round(item.x - w / 2), round(item.y - h)
@@ -1102,8 +1102,11 @@ def _camera(rng: np.random.Generator, size: tuple[int, int]) -> list[Point]:
 def _grain(size: tuple[int, int]) -> Array:
     """Sensor noise float32 [H + 64, W + 64, 3], drawn once; each photo takes a window of it."""
     rng = np.random.default_rng(1)
-    luma = rng.standard_normal((size[1] + 64, size[0] + 64, 1), np.float32)
-    return np.asarray(luma * 0.8 + rng.standard_normal((*luma.shape[:2], 3), np.float32) * 0.6)
+    luma = rng.standard_normal((size[1] + 65, size[0] + 65, 1), np.float32)
+    noise = luma * 0.85 + rng.standard_normal((*luma.shape[:2], 3), np.float32) * 0.45
+    noise = noise[1:] + 0.7 * noise[:-1]  # a camera's demosaicing blurs the grain
+    noise = noise[:, 1:] + 0.7 * noise[:, :-1]
+    return np.asarray(noise / noise.std())
 
 
 def _develop(rng: np.random.Generator, photo: Image.Image) -> Image.Image:
@@ -1134,7 +1137,7 @@ def _develop(rng: np.random.Generator, photo: Image.Image) -> Image.Image:
         glare = np.exp(-((x - gx) ** 2 + ((y - gy) * rng.uniform(0.6, 2.0)) ** 2) / r**2) * rng.uniform(30, 110)
         pixels += glare[..., None].astype(np.float32) * np.array([1, 0.98, 0.92], np.float32)
     oy, ox = rng.integers(0, 64, 2)
-    pixels += _grain(photo.size)[oy : oy + h, ox : ox + w] * np.float32(rng.uniform(1.0, 6.0))
+    pixels += _grain(photo.size)[oy : oy + h, ox : ox + w] * np.float32(rng.uniform(0.8, 3.6))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -1201,13 +1204,9 @@ def render(seed: int, index: int, size: tuple[int, int] = (640, 480)) -> Scene:
 def _write(root: Path, seed: int, size: tuple[int, int], index: int) -> None:
     scene = render(seed, index, size)
     name = f"shelf_{index:05d}"
-    scene.image.save(root / "JPEGImages" / f"{name}.jpg", quality=88)
+    scene.image.save(root / "JPEGImages" / f"{name}.jpg", quality=86, optimize=True)
     xml = voc_xml(
-        f"{name}.jpg",
-        size[::-1],
-        scene.boxes.astype(np.float64),
-        [CLASSES[k] for k in scene.labels],
-        scene.flags,
+        f"{name}.jpg", size[::-1], scene.boxes.astype(np.float64), [CLASSES[k] for k in scene.labels], scene.flags
     )
     (root / "Annotations" / f"{name}.xml").write_text(xml, encoding="utf-8", newline="\n")
 

@@ -121,9 +121,13 @@ def test_an_epoch_may_have_another_canvas(changed: TrainSet) -> None:
 def test_a_bad_photo_is_one_line_from_a_worker_too(tmp_path: Path, workers: int) -> None:
     dataset = voc.scan(Data(root=make_voc(tmp_path)), "train")
     Path(dataset[2].path).write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(UserError, match=r"p2\.jpg") as caught:
+    message = ""
+    try:  # pytest.raises would keep the loader in a cycle, and its worker would end after 5 s only
         list(Loader(EvalSet(dataset, SMALL), 2, workers).epoch())
-    assert "\n" not in str(caught.value)
+    except UserError as error:
+        message = str(error)
+    assert "p2.jpg" in message
+    assert "\n" not in message
 
 
 def test_samples_can_be_sent_to_a_spawned_process(changed: TrainSet) -> None:

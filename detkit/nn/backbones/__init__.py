@@ -15,7 +15,7 @@ def build(settings: config.Backbone) -> Chain:
         case "resnet18" | "resnet34" | "resnet50" | "resnet101":
             backbone: Chain = ResNet(settings.name)
         case "mobilenet_v2":
-            backbone = MobileNetV2(settings.name)
+            backbone = MobileNetV2(settings.name, settings.width)
         case _:
             backbone = VGG(settings.name)
     backbone.hold(settings.freeze, settings.frozen_bn)

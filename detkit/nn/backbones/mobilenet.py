@@ -16,11 +16,10 @@ class MobileNetV2(Chain):
     Left out: features.18, the 1x1 convolution to 1280 channels that serves the classifier. Stages: strides 2 to 32.
     """
 
-    channels = (32, 96, 320)
-
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, width: float) -> None:
         super().__init__(name)
-        self.features: nn.Sequential = mobilenet_v2(weights=None).features[:18]
+        self.features: nn.Sequential = mobilenet_v2(weights=None, width_mult=width).features[:18]
+        self.channels = tuple(self.features[last].out_channels for last in (6, 13, 17))
 
     @property
     def stages(self) -> list[list[nn.Module]]:

@@ -1,0 +1,180 @@
+"""Training, from the pieces to whole runs on shelf-mini."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from detkit import checkpoint, config, train
+from detkit.errors import Interrupted, UserError
+from detkit.nn.detector import Detector
+
+SHELF = Path(__file__).parent.parent / "datasets" / "shelf-mini"
+TINY = [
+    f"data.root={SHELF}",
+    "input.size=[96, 128]",
+    "model.backbone.width=0.35",
+    "model.neck.channels=16",
+    "train.epochs=2",
+    "train.eval_every=2",
+    "train.batch_size=8",
+    "train.workers=0",
+    "train.progressive=[]",
+    "train.tensorboard=false",
+]
+
+
+def settings(tmp_path, *more):
+    return config.load("ssd_shelf.yaml", [*TINY, f"runs={tmp_path / 'runs'}", f"data.cache={tmp_path / 'cache'}", *more])
+
+
+@pytest.fixture
+def console():
+    return Console(quiet=True)
+
+
+def test_cosine_warms_up_and_ends_at_its_final_share():
+    schedule = config.Schedule(name="cosine", warmup_steps=10, final=0.05)
+    rates = [train.rate(schedule, step, 100) for step in range(101)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert max(rates) == pytest.approx(rates[10]) == pytest.approx(1)
+    assert rates[100] == pytest.approx(0.05)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_multistep_falls_at_its_milestones():
+    schedule = config.Schedule(name="multistep", warmup_steps=0, milestones=(0.5, 0.8), gamma=0.1)
+    assert [round(train.rate(schedule, step, 100), 6) for step in (0, 49, 50, 79, 80, 99)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
+
+
+def test_norms_and_biases_do_not_decay_and_the_backbone_has_its_own_rate(tmp_path):
+    cfg = settings(tmp_path, "model.backbone.freeze=2", "train.optimizer.backbone_lr=0.1")
+    detector = Detector(cfg.model, cfg.input, 3)
+    optimizer = train.make_optimizer(detector, cfg.train.optimizer)
+    names = {id(parameter): name for name, parameter in detector.named_parameters()}
+    seen = set()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            seen.add(name)
+            assert group["weight_decay"] == (cfg.train.optimizer.weight_decay if parameter.ndim > 1 else 0)
+            expected = cfg.train.optimizer.lr * (0.1 if name.startswith("backbone.") else 1)
+            assert group["lr"] == pytest.approx(expected)
+    assert seen == {name for name, parameter in detector.named_parameters() if parameter.requires_grad}
+    assert not any(name.startswith("backbone.features.0.") for name in seen)
+
+
+def test_a_run_leaves_its_config_figures_and_weights_and_never_shares_a_folder(tmp_path, console):
+    cfg = settings(tmp_path)
+    first, second = train.start(cfg, console), train.start(cfg, console)
+    assert [first.name, second.name] == ["ssd_shelf-1", "ssd_shelf-2"]
+    assert config.load(first / "config.yaml") == cfg
+    with (first / "metrics.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert math.isnan(float(rows[0]["mAP"]))
+    assert 0 <= float(rows[1]["mAP"]) <= 1
+    trained = checkpoint.read(first / "best.safetensors")
+    assert trained.epoch == 2
+    assert trained.metrics["mAP"] == pytest.approx(float(rows[1]["mAP"]), abs=1e-6)
+    assert len(trained.classes) == 16
+
+
+def test_two_runs_with_one_seed_are_equal_whatever_the_workers(tmp_path, console):
+    first = train.start(settings(tmp_path, "train.epochs=1"), console)
+    second = train.start(settings(tmp_path, "train.epochs=1", "train.workers=2"), console)
+    same_weights(first, second)
+
+
+def same_weights(first, second):
+    one, other = (checkpoint.read(run / "last.safetensors").weights for run in (first, second))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_to_the_same_weights(tmp_path, console, monkeypatch):
+    whole = train.start(settings(tmp_path), console)
+    step = train.Run.train_step
+    count = 0
+
+    def stopping(run, batch):
+        nonlocal count
+        count += 1
+        if count == 2:
+            train.signal.raise_signal(train.signal.SIGINT)
+        return step(run, batch)
+
+    monkeypatch.setattr(train.Run, "train_step", stopping)
+    with pytest.raises(Interrupted, match="--resume") as stop:
+        train.start(settings(tmp_path), console)
+    assert stop.value.exit_code == 130
+    stopped = tmp_path / "runs" / "ssd_shelf-2"
+    assert not (stopped / "last.safetensors").exists()
+    assert train.resume(stopped, console) == stopped
+    same_weights(whole, stopped)
+    with pytest.raises(UserError, match="finished"):
+        train.resume(stopped, console)
+
+
+def test_training_learns_the_photos_it_sees(tmp_path, console):
+    few = tmp_path / "few"
+    for name in ("JPEGImages", "Annotations"):
+        (few / name).mkdir(parents=True)
+    (few / "ImageSets" / "Main").mkdir(parents=True)
+    names = (SHELF / "ImageSets" / "Main" / "train.txt").read_text().split()[:4]
+    for name in names:
+        (few / "JPEGImages" / f"{name}.jpg").write_bytes((SHELF / "JPEGImages" / f"{name}.jpg").read_bytes())
+        (few / "Annotations" / f"{name}.xml").write_bytes((SHELF / "Annotations" / f"{name}.xml").read_bytes())
+    for split in ("train", "val"):
+        (few / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names))
+    (few / "classes.txt").write_bytes((SHELF / "classes.txt").read_bytes())
+    cfg = settings(
+        tmp_path, f"data.root={few}", "train.epochs=60", "train.eval_every=60", "train.batch_size=4", "train.ema=0.9",
+        "augment={flip: 0, crop: 0, colour: 0}", "train.schedule.warmup_steps=5", "train.optimizer.lr=0.005",
+        "model.backbone.width=0.5", "model.neck.channels=32", "input.size=[192, 256]",
+    )  # fmt: skip
+    run = train.start(cfg, console)
+    assert checkpoint.read(run / "last.safetensors").metrics["mAP50"] > 0.6
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_photos_names(tmp_path, console):
+    with pytest.raises(UserError, match=r"no longer finite.*\.jpg"):
+        train.start(settings(tmp_path, "train.optimizer.lr=1e18", "train.clip_norm=0", "train.epochs=9"), console)
+
+
+@pytest.mark.parametrize("name", ["ssd_mobilenet", "ssd_vgg", "ssd_resnet"])
+def test_every_config_trains(tmp_path, console, name):
+    sizes = {"ssd_vgg": "[300, 300]"}
+    more = ["train.schedule.warmup_steps=0", "model.weights=none", f"input.size={sizes.get(name, '[96, 96]')}"]
+    tiny = [item for item in TINY if not item.startswith(("model.", "input.", "train.batch", "train.epochs"))]
+    few = ["train.batch_size=2", "train.epochs=1", "train.eval_every=1"]
+    cfg = config.load(f"{name}.yaml", [*tiny, *few, *more, f"runs={tmp_path}", f"data.cache={tmp_path / 'cache'}"])
+    one = train.Run(cfg, console)
+    batch = next(one.loader.epoch(0))
+    losses = [sum(one.train_step(batch).values()) for _ in range(3)]
+    assert losses[-1] < losses[0]
+
+
+def test_recalibrated_statistics_are_those_of_the_photos(tmp_path, console):
+    run = train.Run(settings(tmp_path, "model.backbone.freeze=5", "train.recalibrate_bn=2"), console)
+    before = run.detector.backbone.features[0][0].weight.clone()
+    run.recalibrate()
+    norm = run.detector.backbone.features[0][1]
+    images = torch.cat([batch.images for batch in run.loader.epoch(0)][:2])
+    with torch.no_grad():
+        out = run.detector.backbone.features[0][0](run.detector.normalise(images))
+    assert torch.allclose(norm.running_mean, out.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+    assert torch.equal(before, run.detector.backbone.features[0][0].weight)
+    assert not norm.training
+    assert norm.momentum == pytest.approx(0.1)
+
+
+def test_a_device_that_is_not_there_is_one_line(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(UserError, match="device cuda"):
+        checkpoint.pick_device("cuda")
