@@ -308,8 +308,8 @@ def _reason(error: Any) -> str:
             return f"'{dotted}' is no setting of {choice}; give the group whole, such as {group}={{name: {choice}}}"
         return f"no setting '{dotted}'{nearest(dotted, known)}"
     if kind == "union_tag_invalid":
-        tag, tags = error["ctx"]["tag"], error["ctx"]["expected_tags"]
-        return f"{dotted}.name: should be one of {tags}, not '{tag}'{nearest(tag, tags.replace(chr(39), '').split(', '))}"
+        tag, tags = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "")
+        return f"{dotted}.name: should be one of {tags}, not {tag}{nearest(tag, tags.split(', '))}"
     if kind == "union_tag_not_found":
         return f"{dotted}.name: missing"
     reason = error["msg"].removeprefix("Value error, ")

@@ -1169,7 +1169,8 @@ def _annotate(
         if seen < MIN_VISIBLE:
             continue
         box = np.array([xs.min() + lo_x, ys.min() + lo_y, xs.max() + lo_x + 1, ys.max() + lo_y + 1])
-        cut = px.min() < -1 or py.min() < -1 or px.max() > w + 1 or py.max() > h + 1
+        beyond = px.min() < -1 or py.min() < -1 or px.max() > w + 1 or py.max() > h + 1
+        cut = beyond and (box[0] == 0 or box[1] == 0 or box[2] == w or box[3] == h)
         flat_seen = (canvas.ids[max(0, y0) : max(0, y1), max(0, x0) : max(0, x1)] == number).sum()
         inside = max(1, (min(x1, flat.width) - max(0, x0)) * (min(y1, flat.height) - max(0, y0))) / (
             (x1 - x0) * (y1 - y0)

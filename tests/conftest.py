@@ -1,0 +1,31 @@
+"""What every test may use."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from detkit import config
+
+# No deadline: a busy machine is not a failure. CI tries the same examples each time.
+settings.register_profile("detkit", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("detkit")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same random numbers in each test, whichever ran before; without importing torch where it isn't used."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path) -> config.Config:
+    """A run with the smallest detector there is, on 64-pixel photos."""
+    overrides = ("input.size=[64, 64]", "model.neck.channels=8", "train.progressive=[]", "train.device=cpu")
+    where = (f"data.root={tmp_path / 'data'}", f"runs={tmp_path / 'runs'}", "name=tiny")
+    return config.load("ssd_mobilenet", (*overrides, *where))

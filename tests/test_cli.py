@@ -1,0 +1,243 @@
+"""The command line, as a user meets it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detkit import __version__, cli, config
+from tests.test_train import SHELF, TINY
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command line in this process -> (exit code, stdout, stderr)."""
+
+    def call(*words):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return call
+
+
+def one_line(result, *fragments):
+    code, _, err = result
+    assert code == 2, result
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    for fragment in fragments:
+        assert fragment in lines[0]
+
+
+def test_help_and_version(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for verb in ("train", "eval", "predict", "export", "config", "data", "demo"):
+        assert verb in out
+    assert run("--version")[1].strip() == f"detkit {__version__}"
+
+
+def test_help_and_import_load_neither_torch_nor_onnxruntime():
+    script = (
+        "import sys, detkit, detkit.cli\n"
+        "try: detkit.cli.main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'onnxruntime', 'lxml', 'albumentations', 'pydantic') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_config_prints_what_load_reads_back(run, tmp_path):
+    code, out, _ = run("config", "ssd_vgg.yaml", "--set", "train.epochs=5", "data.root=PATH")
+    assert code == 0
+    (tmp_path / "again.yaml").write_text(out, encoding="utf-8")
+    again = config.load(tmp_path / "again.yaml")
+    assert again == config.load("ssd_vgg.yaml", ["train.epochs=5", "data.root=PATH"])
+
+
+def test_config_schema_is_json(run):
+    assert "properties" in json.loads(run("config", "--schema")[1])
+
+
+def test_typos_are_answered_with_the_nearest_name(run):
+    one_line(run("train", "--config", "ssd_vg.yaml"), "ssd_vg.yaml", "'ssd_vgg.yaml'")
+    one_line(run("train", "--config", "ssd_vgg.yaml", "--set", "trian.epochs=5"), "'train.epochs'")
+
+
+def test_train_wants_a_config(run):
+    one_line(run("train"), "--config")
+
+
+def voc(folder, photos=3):
+    """A small VOC copy of shelf-mini's first photos."""
+    names = (SHELF / "ImageSets" / "Main" / "train.txt").read_text().split()[:photos]
+    for part, suffix in (("JPEGImages", ".jpg"), ("Annotations", ".xml")):
+        (folder / part).mkdir(parents=True)
+        for name in names:
+            shutil.copy(SHELF / part / f"{name}{suffix}", folder / part)
+    shutil.copy(SHELF / "classes.txt", folder)
+    return folder, names
+
+
+def missing(folder, names):
+    shutil.rmtree(folder)
+    return str(folder)
+
+
+def empty(folder, names):
+    shutil.rmtree(folder)
+    folder.mkdir()
+    return str(folder)
+
+
+def not_xml(folder, names):
+    (folder / "Annotations" / f"{names[1]}.xml").write_text("these are my notes")
+    return f"{names[1]}.xml"
+
+
+def truncated(folder, names):
+    photo = folder / "JPEGImages" / f"{names[1]}.jpg"
+    photo.write_bytes(photo.read_bytes()[:3000])
+    return f"{names[1]}.jpg"
+
+
+def unknown_class(folder, names):
+    xml = folder / "Annotations" / f"{names[1]}.xml"
+    tree = ET.parse(xml)
+    tree.find("object/name").text = "mystery"
+    tree.write(xml)
+    return f"{names[1]}.xml"
+
+
+@pytest.mark.parametrize("spoil", [missing, empty, not_xml, truncated, unknown_class])
+def test_bad_data_is_one_line_that_names_the_file(run, tmp_path, spoil):
+    folder, names = voc(tmp_path / "photos")
+    named = spoil(folder, names)
+    sets = [item for item in TINY if not item.startswith("data.root")]
+    result = run("train", "-c", "ssd_shelf", "--set", f"data.root={folder}", f"runs={tmp_path / 'runs'}", *sets)
+    one_line(result, named)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_box_outside_the_image_is_clipped_and_listed(run, tmp_path):
+    folder, names = voc(tmp_path / "photos")
+    for name in names:
+        xml = folder / "Annotations" / f"{name}.xml"
+        tree = ET.parse(xml)
+        tree.find("object/bndbox/xmax").text = "9999"
+        tree.write(xml)
+    sets = [item for item in TINY if not item.startswith(("data.root", "train.epochs", "train.batch"))]
+    more = ["data.val_share=0.5", "train.epochs=1", "train.eval_every=1", "train.batch_size=1"]
+    code, out, _ = run(
+        "train", "-c", "ssd_shelf", "--set", f"data.root={folder}", f"runs={tmp_path / 'runs'}", *sets, *more
+    )
+    assert code == 0
+    assert "outside" in out
+    rows = (tmp_path / "runs" / "ssd_shelf-1" / "findings.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {Path(json.loads(row)["file"]).stem for row in rows} == set(names)
+
+
+def test_unreachable_weights_are_one_line(run, tmp_path, monkeypatch):
+    from urllib.error import URLError
+
+    import torch.hub
+
+    def fail(*_args, **_kwargs):
+        raise URLError("no route")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    sets = [f"data.root={SHELF}", f"data.cache={tmp_path}", f"runs={tmp_path / 'runs'}"]
+    result = run("train", "-c", "ssd_vgg.yaml", "--set", *sets)
+    one_line(result, "VGG16_Weights.IMAGENET1K_FEATURES", "model.weights=none")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two epochs on shelf-mini, and its ONNX file."""
+    folder = tmp_path_factory.mktemp("trained")
+    sets = [*TINY, f"runs={folder / 'runs'}", f"data.cache={folder / 'cache'}"]
+    cli_ok("train", "-c", "ssd_shelf.yaml", "--set", *sets)
+    return folder / "runs" / "ssd_shelf-1"
+
+
+def cli_ok(*words):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(word) for word in words])
+    assert not stop.value.code
+
+
+def test_export_and_predict_agree_with_the_checkpoint(trained, tmp_path, run):
+    code, out, err = run("export", trained)
+    assert code == 0, err
+    assert "agree" in out
+    model = trained / "best.onnx"
+    photos = sorted((SHELF / "JPEGImages").iterdir())[:3]
+    results = {}
+    for name, source in (("torch", trained), ("onnx", model)):
+        code, out, err = run("predict", *photos, "--model", source, "--out", tmp_path / name, "--score", "0.02")
+        assert code == 0, err
+        files = sorted((tmp_path / name).glob("*.json"))
+        assert [file.stem for file in files] == [photo.stem for photo in photos]
+        results[name] = [json.loads(file.read_text(encoding="utf-8"))["detections"] for file in files]
+    for ours, theirs in zip(results["torch"], results["onnx"], strict=True):
+        assert [d["label"] for d in ours] == [d["label"] for d in theirs]
+        assert np.allclose([d["score"] for d in ours], [d["score"] for d in theirs], atol=1e-3)
+        assert np.allclose([d["box"] for d in ours], [d["box"] for d in theirs], atol=0.05)
+
+
+def test_predict_writes_voc_xml_and_pictures_in_the_photo_s_size(trained, tmp_path, run):
+    photo = tmp_path / "a photo.png"
+    Image.new("RGB", (333, 222), "white").save(photo)
+    code, _, err = run("predict", photo, "--model", trained, "--out", tmp_path / "out", "--format", "voc")
+    assert code == 0, err
+    root = ET.parse(tmp_path / "out" / "a photo.xml").getroot()
+    assert root.findtext("size/width") == "333"
+    picture = next(path for path in (tmp_path / "out").iterdir() if path.suffix != ".xml")
+    assert Image.open(picture).size == (333, 222)
+
+
+def test_eval_repeats_the_figures_of_training(trained, tmp_path, run):
+    code, out, err = run("eval", trained, "--json", tmp_path / "figures.json")
+    assert code == 0, err
+    assert "mAP" in out or "AP50" in out
+    from detkit import checkpoint
+
+    expected = checkpoint.read(trained / "best.safetensors").metrics
+    assert json.loads((tmp_path / "figures.json").read_text()) == expected
+
+
+def test_eval_on_other_classes_is_one_line(trained, tmp_path, run):
+    folder, _ = voc(tmp_path / "photos")
+    (folder / "classes.txt").write_text("\n".join(reversed((folder / "classes.txt").read_text().split())))
+    one_line(run("eval", trained, "--data", folder, "--split", "train"), "classes")
+
+
+def test_predict_without_any_run_says_how_to_get_one(tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one_line(run("predict", SHELF / "JPEGImages"), "detkit train")
+
+
+def test_tools_predict_is_detkit_predict():
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "predict.py", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--model" in done.stdout
+
+
+def test_synth_makes_a_data_set_that_trains(run, tmp_path):
+    code, _, err = run("data", "synth", "--out", tmp_path / "s", "--train", 2, "--val", 1, "--size", 320, 240)
+    assert code == 0, err
+    one_line(run("data", "synth", "--out", tmp_path / "s"), str(tmp_path / "s"))
