@@ -84,8 +84,6 @@ def train(
     ] = None,
 ) -> None:
     """Train a detector; the run goes to runs/<name>-<n>."""
-    # OpenMP's threads spin while they wait. Beside loader processes that halves a CPU's speed or worse.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     need("torch", "train")
     from detkit import checkpoint, config
     from detkit import train as job
@@ -138,7 +136,7 @@ def predict(
     raise typer.Exit(1 if failures else 0)
 
 
-def _detector(model: str | None, device: str):  # type: ignore[no-untyped-def]
+def _detector(model: str | None, device: Device) -> Detector:
     """What `detkit predict` runs: a Session for an .onnx file (torch-free), else a checkpoint under torch."""
     if model is not None and Path(model).suffix == ".onnx":
         from detkit.runtime.session import Session

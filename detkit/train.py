@@ -53,9 +53,10 @@ def make_optimizer(detector: Detector, settings: config.Optimizer) -> Optimizer:
         }
         for (in_backbone, decays), members in groups.items()
     ]
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in detector.parameters())
     if settings.name == "adamw":
-        return AdamW(parameters, betas=(settings.momentum, 0.999))
-    return SGD(parameters, momentum=settings.momentum, nesterov=settings.momentum > 0)
+        return AdamW(parameters, betas=(settings.momentum, 0.999), fused=fused)
+    return SGD(parameters, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=fused)
 
 
 def rate(settings: config.Schedule, step: int, steps: int) -> float:

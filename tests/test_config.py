@@ -158,9 +158,7 @@ def test_set_switches_a_union() -> None:
     ],
 )
 def test_set_refuses(assignment: str, words: str) -> None:
-    line = refused(assignment)
-    assert words in line
-    assert assignment.partition("=")[0] in line
+    assert words in refused(assignment)
 
 
 def test_set_under_something_that_is_no_group(write: Callable[..., Path]) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ TINY = [
 
 
 def settings(tmp_path, *more):
-    return config.load("ssd_shelf.yaml", [*TINY, f"runs={tmp_path / 'runs'}", f"data.cache={tmp_path / 'cache'}", *more])
+    own = [f"runs={tmp_path / 'runs'}", f"data.cache={tmp_path / 'cache'}"]
+    return config.load("ssd_shelf.yaml", [*TINY, *own, *more])
 
 
 @pytest.fixture
@@ -42,12 +44,13 @@ def test_cosine_warms_up_and_ends_at_its_final_share():
     assert rates[0] == pytest.approx(1 / 11)
     assert max(rates) == pytest.approx(rates[10]) == pytest.approx(1)
     assert rates[100] == pytest.approx(0.05)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
 def test_multistep_falls_at_its_milestones():
     schedule = config.Schedule(name="multistep", warmup_steps=0, milestones=(0.5, 0.8), gamma=0.1)
-    assert [round(train.rate(schedule, step, 100), 6) for step in (0, 49, 50, 79, 80, 99)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
+    rates = [round(train.rate(schedule, step, 100), 6) for step in (0, 49, 50, 79, 80, 99)]
+    assert rates == [1, 1, 0.1, 0.1, 0.01, 0.01]
 
 
 def test_norms_and_biases_do_not_decay_and_the_backbone_has_its_own_rate(tmp_path):

@@ -31,14 +31,14 @@ def shapes(scales: Sequence[float], ratios: Ratios, extra_square: bool) -> list[
 
 @lru_cache(maxsize=64)
 def _default_boxes(
-    hw: tuple[int, int],
+    canvas: tuple[int, int],
     grids: Grids,
     steps: tuple[float, ...],
     scales: tuple[float, ...],
     ratios: Ratios,
     extra_square: bool,
 ) -> np.ndarray:
-    height, width = hw
+    height, width = canvas
     side = (height * width) ** 0.5
     levels = []
     for (rows, columns), step, level in zip(grids, steps, shapes(scales, ratios, extra_square), strict=True):
@@ -50,7 +50,7 @@ def _default_boxes(
 
 
 def default_boxes(
-    hw: tuple[int, int],
+    canvas: tuple[int, int],
     grids: Grids,
     steps: tuple[float, ...],
     scales: tuple[float, ...],
@@ -58,9 +58,10 @@ def default_boxes(
     extra_square: bool,
     device: torch.device,
 ) -> Tensor:
-    """Default boxes [A, 4] float32, pixels of the canvas `hw`, ordered by level, row, column, shape.
+    """Default boxes [A, 4] float32, in pixels, ordered by level, row, column, shape.
 
-    grids: rows and columns of each level. steps: pixels between centres. They are cut to the canvas's side, not
-    moved into it (as in the paper's code and torchvision).
+    canvas: height and width of the canvas that scales are shares of: always the configured one. On a smaller training
+    canvas the boxes keep their pixels, as the convolutions' receptive fields do. grids: rows and columns of each level.
+    steps: pixels between centres. A box is cut to the canvas's sides, not moved into it (as in torchvision).
     """
-    return torch.tensor(_default_boxes(hw, grids, steps, scales, ratios, extra_square), device=device)
+    return torch.tensor(_default_boxes(canvas, grids, steps, scales, ratios, extra_square), device=device)

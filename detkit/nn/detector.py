@@ -30,7 +30,7 @@ class Detector(nn.Module):
         self.backbone = backbones.build(model.backbone)
         self.neck = necks.build(model.neck, self.backbone)
         try:
-            self.head = heads.build(model.head, self.neck, classes)
+            self.head = heads.build(model.head, self.neck, classes, canvas.size)
         except ValueError as error:
             raise UserError(f"model.head: {error}; change model.head.ratios or model.neck.levels") from None
         for name, values in (("mean", canvas.mean), ("std", canvas.std)):

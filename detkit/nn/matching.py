@@ -67,8 +67,9 @@ def match_aligned(
     labels_BG = targets.labels.clamp(min=0)
     score_BGA = scores_BAC.transpose(1, 2).gather(1, labels_BG[..., None].expand_as(overlap_BGA))
     align_BGA = (score_BGA.clamp(min=1e-9).sqrt() * overlap_BGA.pow(power)) * inside_BGA
-    # Ranked with a floor, so that candidates without any overlap yet still count as candidates.
-    best = (align_BGA + 1e-12 * inside_BGA).topk(min(top, align_BGA.shape[2]), 2)
+    # Ranked with a floor, so that candidates without any overlap yet still count as candidates; far below the
+    # alignment of a one-pixel object with a large box.
+    best = (align_BGA + 1e-30 * inside_BGA).topk(min(top, align_BGA.shape[2]), 2)
     chosen_BGA = torch.zeros_like(inside_BGA).scatter(2, best.indices, best.values > 0)
 
     wanted_BGA = torch.where(chosen_BGA, overlap_BGA, -1.0)
@@ -78,6 +79,6 @@ def match_aligned(
     align_BGA = align_BGA * owned_BGA
     peak_BG1 = align_BGA.amax(2, keepdim=True)
     iou_BG1 = (overlap_BGA * owned_BGA).amax(2, keepdim=True)
-    quality = (align_BGA / peak_BG1.clamp(min=1e-12) * iou_BG1).amax(1)
+    quality = (align_BGA / peak_BG1.clamp(min=1e-30) * iou_BG1).amax(1)
     ignore = _ignored(overlap_BGA, targets, 0.5) & ~positive
     return Match(object_BA * positive, positive, ignore, quality)

@@ -140,7 +140,10 @@ class PathAggregation(Neck):
         for level in reversed(range(len(maps) - 1)):
             maps[level] = self.top_down[level](torch.cat([maps[level], _up(maps[level + 1], maps[level])], 1))
         for level in range(len(maps) - 1):
-            maps[level + 1] = self.bottom_up[level](torch.cat([maps[level + 1], self.down[level](maps[level])], 1))
+            coarse = maps[level + 1]
+            # VGG's pools round down, a stride-2 convolution up.
+            down = self.down[level](maps[level])[..., : coarse.shape[-2], : coarse.shape[-1]]
+            maps[level + 1] = self.bottom_up[level](torch.cat([coarse, down], 1))
         return tuple(maps)
 
 

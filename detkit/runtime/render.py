@@ -22,6 +22,9 @@ PALETTE = (
 )  # fmt: skip
 MIN_FONT = 11  # pixels; below it the letters of Pillow's own font run together
 
+ENOUGH = 0.25  # a tag that covers less than this share of its area of other things is well placed
+
+_Box = tuple[int, int, int, int]
 _Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 _SPELT = str.maketrans({"ß": "ss", "æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L",
                         "đ": "d", "Đ": "D", "ð": "d", "þ": "th", "Þ": "Th", "ı": "i"})  # fmt: skip
@@ -125,18 +128,18 @@ def _style(shown: Detections) -> _Style:
     sizes = np.sqrt(np.prod(shown.boxes[:, 2:] - shown.boxes[:, :2], axis=1))
     typical = float(np.median(sizes))
     font = max(MIN_FONT, round(min(side / 42, max(typical / 5, side / 75))))
-    line = max(1 if side < 160 else 2, round(min(side / 280, typical / 16)))
+    line = max(1 if typical < 32 else 2, round(min(side / 280, typical / 16)))
     return _Style(line, font, max(2, round(font / 5)))
 
 
-def _pixels(box: NDArray[np.float32], hw: tuple[int, int]) -> tuple[int, int, int, int]:
+def _pixels(box: NDArray[np.float32], hw: tuple[int, int]) -> _Box:
     """The box as first and last pixels, inside the picture and never inverted."""
     x1, y1, x2, y2 = (round(float(v)) for v in box)
     x1, y1 = min(max(x1, 0), hw[1] - 1), min(max(y1, 0), hw[0] - 1)
     return x1, y1, max(x1, min(x2, hw[1]) - 1), max(y1, min(y2, hw[0]) - 1)
 
 
-def _outline(canvas: ImageDraw.ImageDraw, box: tuple[int, int, int, int], rgb: tuple[int, int, int], line: int) -> None:
+def _outline(canvas: ImageDraw.ImageDraw, box: _Box, rgb: tuple[int, int, int], line: int) -> None:
     """The box in its colour, and inside it a thin line that sets it off from a product of the same colour."""
     edge = max(1, line // 4)
     x1, y1, x2, y2 = box
@@ -168,7 +171,7 @@ def _texts(name: str, score: float, room: int, style: _Style, font: _Font) -> It
             return
 
 
-def _spots(box: tuple[int, int, int, int], width: int, height: int, line: int) -> Iterator[tuple[int, int]]:
+def _corners(box: _Box, width: int, height: int, line: int) -> Iterator[tuple[int, int]]:
     """Corners a tag may have, the best first: on the box, in its top, under it, then the same from the right."""
     x1, y1, x2, y2 = box
     right = x2 + 1 - width
@@ -180,40 +183,61 @@ def _spots(box: tuple[int, int, int, int], width: int, height: int, line: int) -
 
 
 def _place(
-    shown: Detections, boxes: Sequence[tuple[int, int, int, int]], classes: Sequence[str], style: _Style, font: _Font
+    shown: Detections, boxes: Sequence[_Box], classes: Sequence[str], style: _Style, font: _Font
 ) -> list[_Tag | None]:
-    """A tag for each detection, best first, each where it covers no earlier one if there is such a place; None where
-    the picture is smaller than the tag."""
-    high, wide = shown.hw
-    taken = np.empty((len(boxes), 4), np.int64)
+    """A tag for each detection, best first, where it covers least of the earlier tags and of the other products; None
+    where the picture is smaller than the tag."""
+    edges = np.array(boxes, np.int64) + np.array((0, 0, 1, 1))
+    taken = np.empty((0, 4), np.int64)
     tags: list[_Tag | None] = []
-    count = 0
-    for box, label, score in zip(boxes, shown.labels, shown.scores, strict=True):
-        best: tuple[int, _Tag, int] | None = None
+    for i, (box, label, score) in enumerate(zip(boxes, shown.labels, shown.scores, strict=True)):
+        others = np.delete(edges, i, axis=0)
         name = plain(classes[label], int(label))
+        best: tuple[float, _Tag] | None = None
         for text in _texts(name, float(score), box[2] - box[0] + 1, style, font):
-            width, height = _extent(text, style, font)
-            if width > wide or height > high:
-                continue
-            for x, y in _spots(box, width, height, style.line):
-                tag = _Tag(text, min(max(x, 0), wide - width), min(max(y, 0), high - height))
-                covered = _covered(taken[:count], tag.x, tag.y, width, height)
-                if best is None or covered < best[0]:
-                    best = (covered, tag, width)
-                if not covered:
-                    break
-            if best is not None and not best[0]:
+            choice = _spot(text, box, shown.hw, taken, others, style, font)
+            if choice is not None and (best is None or choice[0] < best[0]):
+                best = choice
+            if best is not None and best[0] <= ENOUGH:
                 break
         tags.append(best[1] if best else None)
         if best:
-            _, tag, width = best
-            taken[count] = tag.x, tag.y, tag.x + width, tag.y + style.font + style.pad
-            count += 1
+            taken = np.vstack((taken, _rectangle(best[1], style, font)))
     return tags
 
 
-def _covered(taken: NDArray[np.int64], x: int, y: int, width: int, height: int) -> int:
-    """How many pixels of the tags that are `taken` (x1 y1 x2 y2) a new one would cover."""
-    across = np.minimum(taken[:, 2], x + width) - np.maximum(taken[:, 0], x)
-    down = np.minimum(taken[:, 3], y + height) - np.maximum(taken[:, 1], y)
-    return int((across.clip(0) * down.clip(0)).sum())
+def _spot(
+    text: str,
+    box: _Box,
+    hw: tuple[int, int],
+    taken: NDArray[np.int64],
+    others: NDArray[np.int64],
+    style: _Style,
+    font: _Font,
+) -> tuple[float, _Tag] | None:
+    """The best place of one text and its cost: the share of the tag that lies on other products, and eight times the
+    share that lies on other tags."""
+    width, height = _extent(text, style, font)
+    if height > hw[0] or width > hw[1]:
+        return None
+    best: tuple[float, _Tag] | None = None
+    for x, y in _corners(box, width, height, style.line):
+        tag = _Tag(text, min(max(x, 0), hw[1] - width), min(max(y, 0), hw[0] - height))
+        at = _rectangle(tag, style, font)
+        cost = (8 * _common(taken, at) + _common(others, at)) / (width * height)
+        if best is None or cost < best[0]:
+            best = (cost, tag)
+        if not cost:
+            break
+    return best
+
+
+def _rectangle(tag: _Tag, style: _Style, font: _Font) -> NDArray[np.int64]:
+    width, height = _extent(tag.text, style, font)
+    return np.array((tag.x, tag.y, tag.x + width, tag.y + height))
+
+
+def _common(rectangles: NDArray[np.int64], one: NDArray[np.int64]) -> int:
+    """How many pixels of `one` (x1 y1 x2 y2) the rectangles [N, 4] cover, those of each counted."""
+    sides = np.minimum(rectangles[:, 2:], one[2:]) - np.maximum(rectangles[:, :2], one[:2])
+    return int(sides.clip(0).prod(axis=1).sum())

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -92,7 +92,7 @@ class Session:
     detkit's, and where 'cuda' can't be had.
     """
 
-    def __init__(self, path: str | Path, device: Literal["auto", "cpu", "cuda"] = "auto", threads: int = 0) -> None:
+    def __init__(self, path: str | Path, device: str = "auto", threads: int = 0) -> None:
         self.path = Path(path)
         if device not in ("auto", "cpu", "cuda"):
             raise UserError(f"device '{device}': ONNX files run on auto, cpu or cuda")

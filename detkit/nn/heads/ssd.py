@@ -29,9 +29,9 @@ class Outputs(NamedTuple):
 class SSDHead(nn.Module):
     """See the module. Predictors are named and ordered as torchvision's: [B, boxes * classes, h, w] a level."""
 
-    def __init__(self, settings: SSD, below: FeatureMaps, classes: int) -> None:
+    def __init__(self, settings: SSD, below: FeatureMaps, classes: int, canvas: tuple[int, int]) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.canvas = settings, canvas
         sides = shapes(settings.scales, settings.ratios, settings.extra_square)
         if len(sides) != len(below.channels):
             raise ValueError(f"{len(sides)} levels of default boxes for {len(below.channels)} feature maps")
@@ -63,7 +63,7 @@ class SSDHead(nn.Module):
         cfg = self.settings
         grids = tuple((int(feat.shape[-2]), int(feat.shape[-1])) for feat in feats)
         device = feats[0].device
-        priors = default_boxes(hw, grids, self.steps, cfg.scales, cfg.ratios, cfg.extra_square, device)
+        priors = default_boxes(self.canvas, grids, self.steps, cfg.scales, cfg.ratios, cfg.extra_square, device)
         return Outputs(torch.cat(logits, 1), torch.cat(offsets, 1), priors)
 
     @staticmethod

@@ -1,0 +1,180 @@
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.testing import assert_allclose
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from detkit.errors import UserError
+from detkit.manifest import KEY
+from detkit.runtime import session as module
+from detkit.runtime.session import Session, detect_with
+from tests.runtime.conftest import BOXES, LABELS, SCORES, Make, onnx_model
+from tests.test_manifest import manifest
+
+
+def photo(height: int, width: int, red: int = 255) -> NDArray[np.uint8]:
+    return np.full((height, width, 3), red, np.uint8)
+
+
+def test_stretch_maps_back_to_each_photo_best_first(make_model: Make) -> None:
+    session = Session(make_model(resize="stretch"), device="cpu")
+    sizes = [(64, 96), (128, 96), (1, 7)]
+    found = session.detect([photo(*hw) for hw in sizes])
+    for (height, width), one in zip(sizes, found, strict=True):
+        scale = np.array([width / 96, height / 64] * 2)
+        assert one.hw == (height, width)
+        assert_allclose(one.boxes, BOXES[[3, 2, 1]] * scale, rtol=1e-6)
+        assert_allclose(one.scores, [0.9, 0.6, 0.5])
+        assert one.labels.tolist() == [2, 0, 1]
+        assert (one.boxes.dtype, one.scores.dtype, one.labels.dtype) == (np.float32, np.float32, np.int64)
+
+
+def test_letterbox_maps_back_and_drops_what_lies_in_the_padding(make_model: Make) -> None:
+    session = Session(make_model(resize="letterbox"), device="cpu")
+    (found,) = session.detect([photo(200, 400)])  # 48 x 96 of the canvas; the box from row 50 on is in the padding
+    assert_allclose(found.boxes, np.array([[48, 12, 96, 48], [0, 0, 48, 24]]) * (400 / 96), rtol=1e-6)
+    assert found.labels.tolist() == [2, 1]
+
+
+def test_the_graph_sees_the_photo_then_the_fill() -> None:
+    seen = []
+
+    def run(images: NDArray[np.uint8]) -> module.Raw:
+        seen.append(images)
+        return module.Raw(*(np.repeat(part[None], len(images), 0) for part in (BOXES, SCORES, LABELS)))
+
+    image = photo(48, 96)
+    image[..., 1] = 7
+    assert len(detect_with(run, manifest(), [image, photo(64, 96, 3)])) == 2
+    (images,) = seen
+    assert images.shape == (2, 3, 64, 96)
+    assert images.dtype == np.uint8
+    assert images.flags.c_contiguous
+    assert images[0, :, 0, 0].tolist() == [255, 7, 255]
+    assert images[0, :, 63, 0].tolist() == [128, 0, 255]
+    assert (images[1] == 3).all()
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_any_batch_size_gives_each_photo_its_own(make_model: Make, count: int) -> None:
+    reds = [255, 0, 51][:count]
+    found = Session(make_model(), device="cpu").detect([photo(64, 96, red) for red in reds])
+    assert [round(float(one.scores.max(initial=0)), 5) for one in found] == [0.9, 0.0, 0.18][:count]
+
+
+@pytest.mark.parametrize("image", [photo(4, 4)[..., :1], photo(4, 4)[0], photo(4, 4).astype(np.float32), photo(0, 4)])
+def test_what_is_no_image_is_refused(make_model: Make, image: NDArray[np.uint8]) -> None:
+    with pytest.raises(ValueError, match="an image must be uint8"):
+        Session(make_model(), device="cpu").detect([image])
+
+
+def test_threads_share_a_session(make_model: Make) -> None:
+    session = Session(make_model(), device="cpu", threads=1)
+    reds = [255, 51, 102, 204] * 25
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda red: session.detect([photo(30 + red, 40, red)])[0], reds))
+    assert_allclose([one.scores[0] for one in found], [0.9 * red / 255 for red in reds], rtol=1e-5)
+    assert [one.hw for one in found] == [(30 + red, 40) for red in reds]
+
+
+def test_it_says_what_it_is(make_model: Make) -> None:
+    path = make_model()
+    session = Session(str(path), device="cpu")
+    assert session.classes == ("milk", "żur", "牛奶")
+    assert session.manifest == manifest()
+    assert (session.path, session.device) == (path, "cpu")
+
+
+def test_auto_is_the_cpu_where_there_is_no_driver(
+    make_model: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "_has_nvidia", lambda: False)
+    assert Session(make_model()).device == "cpu"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_cuda_that_can_not_be_had_is_an_error(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_has_nvidia", lambda: False)
+    with pytest.raises(UserError, match="^device 'cuda': CUDA can't be loaded"):
+        Session(make_model(), device="cuda")
+
+
+@pytest.mark.skipif(module._has_nvidia(), reason="needs a machine without an NVIDIA GPU")
+def test_cuda_that_fails_in_silence_is_an_error_too(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_has_nvidia", lambda: True)  # so ONNX Runtime is asked, and gives a CPU session
+    with pytest.raises(UserError, match="^device 'cuda': CUDA can't be loaded"):
+        Session(make_model(), device="cuda")
+
+
+def test_an_unknown_device_is_an_error(make_model: Make) -> None:
+    with pytest.raises(UserError, match="device 'tpu'"):
+        Session(make_model(), device="tpu")
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(UserError) as error:
+        Session(path, device="cpu")
+    message = str(error.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    return message
+
+
+def test_missing_truncated_and_garbage_files_are_refused(make_model: Make, tmp_path: Path) -> None:
+    whole = make_model().read_bytes()
+    assert "no such ONNX file" in refused(tmp_path / "none.onnx")
+    assert "no such ONNX file" in refused(tmp_path)
+    bad = tmp_path / "bad.onnx"
+    contents = [b"", b"garbage" * 99, bytes(1000), *(whole[: len(whole) * i // 7] for i in range(1, 7))]
+    for content in contents:
+        bad.write_bytes(content)
+        refused(bad)
+
+
+def test_foreign_and_newer_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.onnx"
+    onnx.save(onnx_model(None), path)
+    assert "has no manifest" in refused(path)
+    model = onnx_model(None)
+    helper.set_model_props(model, {KEY: json.dumps({"format": 99, "detkit": "9.9"})})
+    onnx.save(model, path)
+    assert "newer detkit" in refused(path)
+    helper.set_model_props(model, {KEY: "{"})
+    onnx.save(model, path)
+    assert "manifest is damaged" in refused(path)
+
+
+def test_another_graph_with_a_manifest_is_refused(tmp_path: Path) -> None:
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("a", "b")]
+    graph = helper.make_graph([helper.make_node("Neg", ["a"], ["b"])], "g", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    helper.set_model_props(model, {KEY: manifest().to_json()})
+    path = tmp_path / "x.onnx"
+    onnx.save(model, path)
+    assert "expected input images" in refused(path)
+
+
+def test_torch_is_never_imported(make_model: Make, tmp_path: Path) -> None:
+    code = f"""
+import sys
+import numpy as np
+from pathlib import Path
+from PIL import Image
+import detkit.runtime.session
+from detkit.runtime import predict
+found = detkit.Session({str(make_model())!r}, device="cpu")
+assert len(found.detect([np.full((50, 80, 3), 255, np.uint8)])[0])
+Image.new("RGB", (80, 50), "white").save({str(tmp_path / "p.png")!r})
+assert predict.predict(found, [{str(tmp_path / "p.png")!r}], Path({str(tmp_path / "out")!r})) == 0
+heavy = {{"torch", "torchvision", "cv2", "albumentations", "lxml", "onnx", "pycocotools"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
