@@ -129,9 +129,12 @@ def read(path: Path) -> Checkpoint:
         raise UserError(f"{path}: cannot be read as a checkpoint ({error})") from None
     if "detkit" not in metadata:
         raise UserError(f"{path}: not a checkpoint of detkit; for weights alone use --set model.weights={path}")
-    settings = config.parse(yaml.safe_load(metadata["config"]), f"{path} (config)")
-    classes = tuple(json.loads(metadata["classes"]))
-    return Checkpoint(path, settings, classes, weights, int(metadata["epoch"]), json.loads(metadata["metrics"]))
+    try:
+        settings = config.parse(yaml.safe_load(metadata["config"]), f"{path} (config)")
+        classes = tuple(json.loads(metadata["classes"]))
+        return Checkpoint(path, settings, classes, weights, int(metadata["epoch"]), json.loads(metadata["metrics"]))
+    except (KeyError, ValueError, TypeError, yaml.YAMLError):
+        raise UserError(f"{path}: what it says of itself is damaged; take another checkpoint") from None
 
 
 def find(model: str | os.PathLike[str] | None, runs: Path = Path("runs")) -> Path:
@@ -183,5 +186,6 @@ def read_state(run: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged file
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be read ({reason})") from None
     return state

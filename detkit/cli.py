@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from detkit import __version__
-from detkit.errors import Interrupted, UserError, need
+from detkit.errors import Interrupted, UserError, missing
 
 if TYPE_CHECKING:
     from detkit.runtime.predict import Detector
@@ -84,7 +84,6 @@ def train(
     ] = None,
 ) -> None:
     """Train a detector; the run goes to runs/<name>-<n>."""
-    need("torch", "train")
     from detkit import checkpoint, config
     from detkit import train as job
 
@@ -110,7 +109,6 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
 ) -> None:
     """Measure a trained detector: COCO mAP and VOC AP50."""
-    need("torch", "train")
     from detkit import evaluate as job
 
     job.run(model, data, split, device, json_file, _console())
@@ -144,7 +142,6 @@ def _detector(model: str | None, device: Device) -> Detector:
         if device == "mps":
             raise UserError("--device mps: ONNX files run on auto, cpu or cuda")
         return Session(model, device=device)
-    need("torch", "train")
     from detkit import checkpoint
 
     return checkpoint.TorchSession(checkpoint.find(model), device)
@@ -156,7 +153,6 @@ def export(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="the .onnx file; default: beside the model")] = None,
 ) -> None:
     """Write an ONNX file that takes pixels and gives boxes, after checking it against torch on real photos."""
-    need("torch", "train")
     from detkit import export as job
 
     job.run(run, out, _console())
@@ -184,7 +180,6 @@ def synth(
 @app.command()
 def demo() -> None:
     """The whole job on made-up shelf photos: data, training, evaluation, prediction, export."""
-    need("torch", "train")
     from detkit import demo as job
 
     job.run(_console())
@@ -206,10 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             words.insert(after, "newest")
     try:
         app(words)
-    except UserError as error:
-        if debug:
+    except (UserError, ModuleNotFoundError) as error:
+        known = error if isinstance(error, UserError) else missing(error)
+        if debug or known is None:
             raise
-        print(f"detkit: {error}", file=sys.stderr)  # noqa: T201
+        print(f"detkit: {known}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     except Interrupted as stop:
         print(f"detkit: {stop}", file=sys.stderr)  # noqa: T201

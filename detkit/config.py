@@ -71,8 +71,8 @@ class Backbone(Settings):
         "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2",
     ]  # fmt: skip
     width: PositiveFloat = Field(1.0, description="mobilenet_v2: factor on the channels; the others come as they are")
-    freeze: int = Field(0, ge=0, le=5, description="stages kept as loaded, counted from the image")
-    frozen_bn: bool = Field(False, description="BatchNorm keeps its loaded statistics, weights and biases")
+    freeze: int = Field(0, ge=0, le=5, description="stages kept as loaded, counted from the image; with weights: none, none")
+    frozen_bn: bool = Field(False, description="BatchNorm keeps its loaded statistics, weights and biases; likewise")
 
     @model_validator(mode="after")
     def _width(self) -> Backbone:
@@ -145,6 +145,7 @@ class Select(Settings):
 
     score: Share = Field(0.01, description="lowest score kept")
     iou: Share = Field(0.45, description="NMS: a box that overlaps a better one of its class by more goes")
+    agnostic: bool = Field(False, description="NMS: or a better one of any class")
     candidates: PositiveInt = Field(1000, description="best (box, class) pairs of an image that reach NMS")
     keep: PositiveInt = Field(200, description="most detections an image")
 

@@ -26,11 +26,30 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
-def need(module: str, extra: str) -> ModuleType:
-    """Import `module`; if it is not installed, raise a UserError that says which extra of detkit brings it."""
+# The extra that brings each optional package.
+_EXTRAS = {
+    "lxml": "data",
+    **dict.fromkeys(
+        ("albumentations", "cv2", "onnx", "onnxscript", "pycocotools", "safetensors", "tensorboard", "torch", "torchvision"),
+        "train",
+    ),
+}
+
+
+def missing(error: ModuleNotFoundError) -> UserError | None:
+    """The UserError that says which extra of detkit brings the package, where it is one of its optional ones."""
+    package = (error.name or "").split(".")[0]
+    if package not in _EXTRAS:
+        return None
+    return UserError(f"{package} is not installed: run  pip install 'detkit[{_EXTRAS[package]}]'")
+
+
+def need(module: str) -> ModuleType:
+    """Import an optional module; raise a UserError that says what to install where it is not there."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+        known = missing(error)
+        if known is None:
             raise
-        raise UserError(f"{module} is not installed: run  pip install 'detkit[{extra}]'") from None
+        raise known from None

@@ -64,9 +64,11 @@ def voc_xml(
 
 
 def detections_voc(filename: str, found: Detections, classes: Sequence[str]) -> str:
-    """Detections as Pascal-VOC XML, rounded to whole pixels (LabelImg reads nothing else), inside the image."""
-    limit = np.tile(found.hw[::-1], 2)
-    boxes = np.clip(np.rint(found.boxes), 0, limit)
+    """Detections as Pascal-VOC XML, in whole pixels (LabelImg reads nothing else), inside the image and not empty."""
+    limit = np.array(found.hw[::-1])
+    low = np.clip(np.rint(found.boxes[:, :2]), 0, limit - 1)
+    high = np.clip(np.rint(found.boxes[:, 2:]), low + 1, limit)
+    boxes = np.concatenate([low, high], 1)
     return voc_xml(filename, found.hw, boxes, [classes[i] for i in found.labels], scores=found.scores.tolist())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -158,7 +159,9 @@ def _best_score(classes: Sequence[_Ranked]) -> float:
     order = np.argsort(-scores, kind="stable")
     hit = np.cumsum(np.concatenate([ranked.hits for ranked in classes])[order])
     f1 = 2 * hit / (np.arange(1, len(hit) + 1) + sum(ranked.objects for ranked in classes))
-    return float(scores[order][f1.argmax()])
+    ranked_scores = scores[order]
+    last = np.append(np.diff(ranked_scores) < 0, True)  # equal scores pass a threshold together
+    return float(ranked_scores[last][f1[last].argmax()])
 
 
 def voc_ap(
@@ -179,5 +182,5 @@ def evaluate(records: Sequence[Record], found: Sequence[Detections], classes: Se
     return {
         **coco_ap(records, found, classes),
         "VOC_AP50": float(np.mean(voc)) if voc else 0.0,
-        "score": round(_best_score(ranked), 4),
+        "score": math.floor(_best_score(ranked) * 1e4) / 1e4,  # rounded up, it would drop the detection it comes from
     }

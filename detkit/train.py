@@ -234,7 +234,7 @@ def start(settings: config.Config, console: Console) -> Path:
     report = weights.load(run.detector, settings.model)
     if report:
         console.print(str(report), highlight=False)
-    if settings.train.recalibrate_bn:
+    if settings.train.recalibrate_bn and report:
         run.recalibrate()
     run.predictor.follow(run.detector, 0)
     run.folder = next_folder(settings.runs / f"{settings.name}-")

@@ -26,6 +26,6 @@ def _seeded() -> None:
 @pytest.fixture
 def tiny_config(tmp_path: Path) -> config.Config:
     """A run with the smallest detector there is, on 64-pixel photos."""
-    overrides = ("input.size=[64, 64]", "model.neck.channels=8", "train.progressive=[]", "train.device=cpu")
+    overrides = ("input.size=[64, 64]", "model.neck={name: pan, channels: 8}", "model.weights=none", "train.device=cpu")
     where = (f"data.root={tmp_path / 'data'}", f"runs={tmp_path / 'runs'}", "name=tiny")
     return config.load("ssd_mobilenet", (*overrides, *where))

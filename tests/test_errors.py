@@ -21,13 +21,18 @@ def test_nothing_near_is_nothing_said(known: list[str]) -> None:
 
 
 def test_need_imports_what_is_there() -> None:
-    assert need("json.decoder", "data") is sys.modules["json.decoder"]
+    assert need("json.decoder") is sys.modules["json.decoder"]
 
 
-@pytest.mark.parametrize("module", ["detkit_needs_this", "detkit_needs_this.part"])
-def test_need_says_what_to_install(module: str) -> None:
-    with pytest.raises(UserError, match=r"detkit_needs_this.* is not installed: .*'detkit\[serve\]'") as error:
-        need(module, "serve")
+@pytest.mark.parametrize(("module", "extra"), [("lxml.etree", "data"), ("torch", "train"), ("pycocotools.mask", "train")])
+def test_need_says_what_to_install(module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = module.partition(".")[0]
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "meta_path", sys.meta_path[:2])  # no finder of editable installs
+    with pytest.raises(UserError, match=rf"{package} is not installed: .*'detkit\[{extra}\]'") as error:
+        need(module)
     assert "\n" not in str(error.value)
 
 
@@ -36,4 +41,4 @@ def test_need_does_not_blame_the_wrong_package(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "halfway_there.py").write_text("import lacking_dependency\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="lacking_dependency"):
-        need("halfway_there", "serve")
+        need("halfway_there")

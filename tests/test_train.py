@@ -54,7 +54,7 @@ def test_multistep_falls_at_its_milestones():
 
 
 def test_norms_and_biases_do_not_decay_and_the_backbone_has_its_own_rate(tmp_path):
-    cfg = settings(tmp_path, "model.backbone.freeze=2", "train.optimizer.backbone_lr=0.1")
+    cfg = settings(tmp_path, "model.weights=imagenet", "model.backbone.freeze=2", "train.optimizer.backbone_lr=0.1")
     detector = Detector(cfg.model, cfg.input, 3)
     optimizer = train.make_optimizer(detector, cfg.train.optimizer)
     names = {id(parameter): name for name, parameter in detector.named_parameters()}
@@ -149,7 +149,7 @@ def test_every_config_trains(tmp_path, console, name):
 
 
 def test_recalibrated_statistics_are_those_of_the_photos(tmp_path, console):
-    run = train.Run(settings(tmp_path, "model.backbone.freeze=5", "train.recalibrate_bn=2"), console)
+    run = train.Run(settings(tmp_path, "model.weights=imagenet", "model.backbone.freeze=5", "train.recalibrate_bn=2"), console)
     before = run.detector.backbone.features[0][0].weight.clone()
     run.recalibrate()
     norm = run.detector.backbone.features[0][1]

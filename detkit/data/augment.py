@@ -41,8 +41,8 @@ class Labelled(NamedTuple):
 def jitter() -> Any:
     """The colour change, made once a process. Raises UserError where albumentations is not installed."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks the network for a newer version
-    albumentations: Any = need("albumentations", "train")
-    need("cv2", "train").setNumThreads(0)  # the loader's processes are the parallelism
+    albumentations: Any = need("albumentations")
+    need("cv2").setNumThreads(0)  # the loader's processes are the parallelism
     change = albumentations.ColorJitter(
         brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.6, 1.4), hue=(-0.03, 0.03), p=1
     )

@@ -131,7 +131,7 @@ class Item(NamedTuple):
 
 @cache
 def _etree() -> Any:
-    return need("lxml.etree", "data")
+    return need("lxml.etree")
 
 
 @cache

@@ -27,7 +27,9 @@ class Detector(nn.Module):
 
     def __init__(self, model: config.Model, canvas: config.Input, classes: int) -> None:
         super().__init__()
-        self.backbone = backbones.build(model.backbone)
+        # Random weights are not worth keeping: without loaded ones nothing is frozen.
+        loose = {"freeze": 0, "frozen_bn": False} if model.weights == "none" else {}
+        self.backbone = backbones.build(model.backbone.model_copy(update=loose))
         self.neck = necks.build(model.neck, self.backbone)
         try:
             self.head = heads.build(model.head, self.neck, classes, canvas.size)

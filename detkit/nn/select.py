@@ -73,7 +73,8 @@ def select(decoded: Decoded, rule: Select, hw: tuple[int, int]) -> tuple[Tensor,
     x1, y1, x2, y2 = boxes.unbind(2)
     boxes = torch.stack((x1.clamp(0, hw[1]), y1.clamp(0, hw[0]), x2.clamp(0, hw[1]), y2.clamp(0, hw[0])), dim=2)
     scores = scores * (boxes[..., 2:] > boxes[..., :2]).all(2)
-    scores = suppress(_apart(boxes, labels, classes, hw), scores, rule.iou, rule.score, rule.keep)
+    rivals = boxes if rule.agnostic else _apart(boxes, labels, classes, hw)
+    scores = suppress(rivals, scores, rule.iou, rule.score, rule.keep)
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     scores, order = scores[:, : rule.keep], order[:, : rule.keep]
     nothing = scores == 0

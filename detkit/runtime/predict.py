@@ -108,7 +108,7 @@ def predict(
     report = _Report(console, detector.classes, several=len(photos) > DETAILED)
     names = dict(zip(photos, unique_stems(photos), strict=True))
     display = bar(console)
-    display.disable = not (progress and report.several)
+    display.disable = not (progress and report.several and console.is_terminal)
     with display:
         task = display.add_task("predicting", total=len(photos))
         for done, batch in _batches(photos, report.failures):
@@ -189,7 +189,9 @@ class _Report:
         self._objects.update(labels)
         self._photos.update(set(labels))
         if not self.several:
-            self._console.print(self._table(photo, found))
+            height, width = found.hw
+            self._line(f"{photo} ({width} x {height})", "bold")  # as a title it would be broken to the table's width
+            self._console.print(self._table(found))
             self._line(f"picture: {picture}\n")
 
     def close(self, folder: Path, photos: int) -> None:
@@ -208,9 +210,8 @@ class _Report:
     def _line(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style), soft_wrap=True)  # Text: a path may hold what looks like markup
 
-    def _table(self, photo: Path, found: Detections) -> Table:
-        height, width = found.hw
-        table = Table(title=Text(f"{photo} ({width} x {height})"), title_justify="left")
+    def _table(self, found: Detections) -> Table:
+        table = Table()
         table.add_column("class")
         for name in ("score", "x1", "y1", "x2", "y2"):
             table.add_column(name, justify="right")

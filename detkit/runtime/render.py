@@ -23,6 +23,7 @@ PALETTE = (
 MIN_FONT = 11  # pixels; below it the letters of Pillow's own font run together
 
 ENOUGH = 0.25  # a tag that covers less than this share of its area of other things is well placed
+TOO_MUCH = 1.5  # a tag that buries more (see `_spot`) is left out: the box says its class by its colour
 
 _Box = tuple[int, int, int, int]
 _Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
@@ -39,9 +40,10 @@ class _Style(NamedTuple):
 
 
 class _Tag(NamedTuple):
+    """A text and the rectangle it fills, x1 y1 x2 y2, half-open."""
+
     text: str
-    x: int
-    y: int
+    box: _Box
 
 
 def colour(label: int) -> tuple[int, int, int]:
@@ -71,7 +73,7 @@ def draw(
 
     image: uint8 [H, W, 3], the photo that the detections are of; it is not changed. Returns uint8 [H, W, 3].
     Lines and letters grow with the photo and shrink, to a floor, with the boxes. Where tags would cover each other
-    they go without the score, then with a shortened name.
+    they go without the score, then with a shortened name; where even that would bury others, there is only the box.
     """
     shown = detections.above(score)
     picture = Image.fromarray(image)
@@ -150,9 +152,9 @@ def _outline(canvas: ImageDraw.ImageDraw, box: _Box, rgb: tuple[int, int, int], 
 
 
 def _stamp(canvas: ImageDraw.ImageDraw, tag: _Tag, rgb: tuple[int, int, int], style: _Style, font: _Font) -> None:
-    width, height = _extent(tag.text, style, font)
-    canvas.rectangle((tag.x, tag.y, tag.x + width - 1, tag.y + height - 1), fill=rgb)
-    canvas.text((tag.x + style.pad, tag.y + height / 2), tag.text, fill=ink(rgb), font=font, anchor="lm")
+    x1, y1, x2, y2 = tag.box
+    canvas.rectangle((x1, y1, x2 - 1, y2 - 1), fill=rgb)
+    canvas.text((x1 + style.pad, (y1 + y2) / 2), tag.text, fill=ink(rgb), font=font, anchor="lm")
 
 
 def _extent(text: str, style: _Style, font: _Font) -> tuple[int, int]:
@@ -186,7 +188,7 @@ def _place(
     shown: Detections, boxes: Sequence[_Box], classes: Sequence[str], style: _Style, font: _Font
 ) -> list[_Tag | None]:
     """A tag for each detection, best first, where it covers least of the earlier tags and of the other products; None
-    where the picture is smaller than the tag."""
+    where it would bury them, or the picture is smaller than the tag."""
     edges = np.array(boxes, np.int64) + np.array((0, 0, 1, 1))
     taken = np.empty((0, 4), np.int64)
     tags: list[_Tag | None] = []
@@ -200,9 +202,9 @@ def _place(
                 best = choice
             if best is not None and best[0] <= ENOUGH:
                 break
-        tags.append(best[1] if best else None)
-        if best:
-            taken = np.vstack((taken, _rectangle(best[1], style, font)))
+        tags.append(best[1] if best and best[0] <= TOO_MUCH else None)
+        if best and best[0] <= TOO_MUCH:
+            taken = np.vstack((taken, best[1].box))
     return tags
 
 
@@ -221,23 +223,19 @@ def _spot(
     if height > hw[0] or width > hw[1]:
         return None
     best: tuple[float, _Tag] | None = None
-    for x, y in _corners(box, width, height, style.line):
-        tag = _Tag(text, min(max(x, 0), hw[1] - width), min(max(y, 0), hw[0] - height))
-        at = _rectangle(tag, style, font)
+    for left, top in _corners(box, width, height, style.line):
+        x, y = min(max(left, 0), hw[1] - width), min(max(top, 0), hw[0] - height)
+        at = (x, y, x + width, y + height)
         cost = (8 * _common(taken, at) + _common(others, at)) / (width * height)
         if best is None or cost < best[0]:
-            best = (cost, tag)
+            best = (cost, _Tag(text, at))
         if not cost:
             break
     return best
 
 
-def _rectangle(tag: _Tag, style: _Style, font: _Font) -> NDArray[np.int64]:
-    width, height = _extent(tag.text, style, font)
-    return np.array((tag.x, tag.y, tag.x + width, tag.y + height))
-
-
-def _common(rectangles: NDArray[np.int64], one: NDArray[np.int64]) -> int:
+def _common(rectangles: NDArray[np.int64], one: _Box) -> int:
     """How many pixels of `one` (x1 y1 x2 y2) the rectangles [N, 4] cover, those of each counted."""
-    sides = np.minimum(rectangles[:, 2:], one[2:]) - np.maximum(rectangles[:, :2], one[:2])
+    x1, y1, x2, y2 = one
+    sides = np.minimum(rectangles[:, 2:], (x2, y2)) - np.maximum(rectangles[:, :2], (x1, y1))
     return int(sides.clip(0).prod(axis=1).sum())

@@ -55,7 +55,9 @@ def test_boxes_lie_row_by_row_on_a_canvas_that_is_no_square() -> None:
     sizes = got[..., 2:] - got[..., :2]
     for row in range(2):
         for column in range(4):
-            torch.testing.assert_close(centres[row, column], torch.tensor([[column + 0.5, row + 0.5]]).mul(32).expand(3, 2))
+            torch.testing.assert_close(
+                centres[row, column], torch.tensor([[column + 0.5, row + 0.5]]).mul(32).expand(3, 2)
+            )
     # Sides are shares of the root of the area, square boxes are square, and none is longer than the canvas.
     side = 0.25 * (64 * 128) ** 0.5
     wanted = torch.tensor([[side, side], [side * 2, side / 2], [side / 2, side * 2]])

@@ -15,15 +15,16 @@ from detkit.types import Batch, Targets
 HW = (64, 96)
 
 
-def detector(settings: config.Config, *, loss: str = "aligned", classes: int = 3, **backbone: object) -> Detector:
+def detector(settings: config.Config, *, loss: str = "aligned", weights: str = "none", **backbone: object) -> Detector:
     model = settings.model
     model = model.model_copy(
         update={
+            "weights": weights,
             "head": model.head.model_copy(update={"loss": loss}),
             "backbone": model.backbone.model_copy(update=backbone),
         }
     )
-    return Detector(model, settings.input, classes)
+    return Detector(model, settings.input, 3)
 
 
 def images(count: int = 3, hw: tuple[int, int] = HW) -> Tensor:
@@ -144,7 +145,7 @@ def test_followed_weights_are_a_copy(tiny_config: config.Config) -> None:
 
 
 def test_a_frozen_backbone_stays_frozen_and_the_rest_learns(tiny_config: config.Config) -> None:
-    ours = detector(tiny_config, freeze=5, frozen_bn=True).train()
+    ours = detector(tiny_config, weights="imagenet", freeze=5, frozen_bn=True).train()
     before = snapshot(ours)
     optimizer = torch.optim.SGD([parameter for parameter in ours.parameters() if parameter.requires_grad], 0.1)
     sum(Trainable(ours)(batch()).sums.values()).backward()
@@ -152,6 +153,12 @@ def test_a_frozen_backbone_stays_frozen_and_the_rest_learns(tiny_config: config.
     changed = {name for name, value in ours.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
     assert not any(name.startswith("backbone.") for name in changed)
+
+
+def test_random_weights_are_never_frozen(tiny_config: config.Config) -> None:
+    ours = detector(tiny_config, weights="none", freeze=5, frozen_bn=True).train()
+    assert all(parameter.requires_grad for parameter in ours.parameters())
+    assert all(module.training for module in ours.modules())
 
 
 @pytest.mark.parametrize("loss", ["multibox", "aligned"])

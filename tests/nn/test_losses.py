@@ -18,7 +18,9 @@ from detkit.nn.matching import match_aligned, match_priors
 from detkit.types import Targets
 
 CLASSES = 4
-PRIORS = default_boxes((64, 64), ((8, 8), (4, 4)), (8.0, 16.0), (0.2, 0.5, 0.9), ((2.0,), ()), True, torch.device("cpu"))
+PRIORS = default_boxes(
+    (64, 64), ((8, 8), (4, 4)), (8.0, 16.0), (0.2, 0.5, 0.9), ((2.0,), ()), True, torch.device("cpu")
+)
 CENTRES = (PRIORS[:, :2] + PRIORS[:, 2:]) / 2
 A = len(PRIORS)
 

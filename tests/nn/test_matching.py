@@ -44,6 +44,11 @@ def targets(*images: Tensor, ignore: tuple[tuple[int, ...], ...] = (), pad: int 
     return Targets(at, labels, ignored)
 
 
+def inside(boxes: Tensor) -> Tensor:
+    """Which centres lie in boxes [..., 1, 4] -> bool [..., A]."""
+    return ((CENTRES - boxes[..., :2] > 0) & (boxes[..., 2:] - CENTRES > 0)).all(-1)
+
+
 def row(match: Match, image: int) -> Match:
     return Match(*(part[image : image + 1] for part in match))
 
@@ -167,10 +172,8 @@ def test_aligned_keeps_its_limits(count: int, top: int, seed: int) -> None:
     assert (owned <= top).all()
     assert match.positive.any()
     # A positive's centre lies in its object, unless no centre does.
-    at = boxes[match.object[0]]
-    inside = ((CENTRES > at[:, :2]) & (CENTRES < at[:, 2:])).all(1)
-    has_any = ((CENTRES[:, None] > boxes[:, :2]) & (CENTRES[:, None] < boxes[:, 2:])).all(2).any(0)
-    assert (inside | ~has_any[match.object[0]])[match.positive[0]].all()
+    orphan = ~inside(boxes[:, None]).any(1)
+    assert (inside(boxes[match.object[0]]) | orphan[match.object[0]])[match.positive[0]].all()
 
 
 def test_objects_apart_all_have_candidates() -> None:
@@ -190,8 +193,7 @@ def test_the_best_aligned_are_chosen() -> None:
     scores = torch.rand(1, len(PRIORS), 3, generator=rng)
     match = match_aligned(predicted[None], scores, CENTRES, targets(boxes), top)
     overlap = box_iou(boxes, predicted)[0]
-    inside = ((CENTRES > boxes[0, :2]) & (CENTRES < boxes[0, 2:])).all(1)
-    value = torch.where(inside, scores[0, :, 0].sqrt() * overlap**6, -1.0)
+    value = torch.where(inside(boxes), scores[0, :, 0].sqrt() * overlap**6, -1.0)
     best = value.topk(top).indices
     assert set(match.positive[0].nonzero()[:, 0].tolist()) == set(best.tolist())
     wanted = value[best] / value[best].max() * overlap[best].max()
@@ -202,10 +204,10 @@ def test_a_candidate_that_two_want_goes_to_the_one_it_overlaps_most() -> None:
     large, small = torch.tensor([[0.0, 0, 100, 100]]), torch.tensor([[30.0, 30, 60, 60]])
     predicted = small.expand(len(PRIORS), 4)
     match = aligned(targets(torch.cat([large, small])), top=len(PRIORS), boxes=predicted)
-    inside = ((CENTRES > 30) & (CENTRES < 60)).all(1)
-    assert (match.object[0, inside] == 1).all()
-    assert match.positive[0, inside].all()
-    assert match.quality[0, inside].max() == 1
+    within = inside(small)
+    assert (match.object[0, within] == 1).all()
+    assert match.positive[0, within].all()
+    assert match.quality[0, within].max() == 1
 
 
 @pytest.mark.parametrize("size", [1.0, 3.0, 30.0])

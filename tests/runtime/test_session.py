@@ -79,9 +79,9 @@ def test_threads_share_a_session(make_model: Make) -> None:
     session = Session(make_model(), device="cpu", threads=1)
     reds = [255, 51, 102, 204] * 25
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda red: session.detect([photo(30 + red, 40, red)])[0], reds))
+        found = list(pool.map(lambda red: session.detect([photo(64 + red, 96 + 2 * red, red)])[0], reds))
     assert_allclose([one.scores[0] for one in found], [0.9 * red / 255 for red in reds], rtol=1e-5)
-    assert [one.hw for one in found] == [(30 + red, 40) for red in reds]
+    assert [one.hw for one in found] == [(64 + red, 96 + 2 * red) for red in reds]
 
 
 def test_it_says_what_it_is(make_model: Make) -> None:
@@ -102,14 +102,14 @@ def test_auto_is_the_cpu_where_there_is_no_driver(
 
 def test_cuda_that_can_not_be_had_is_an_error(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_has_nvidia", lambda: False)
-    with pytest.raises(UserError, match="^device 'cuda': CUDA can't be loaded"):
+    with pytest.raises(UserError, match=r"^device 'cuda': CUDA can't be loaded"):
         Session(make_model(), device="cuda")
 
 
 @pytest.mark.skipif(module._has_nvidia(), reason="needs a machine without an NVIDIA GPU")
 def test_cuda_that_fails_in_silence_is_an_error_too(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_has_nvidia", lambda: True)  # so ONNX Runtime is asked, and gives a CPU session
-    with pytest.raises(UserError, match="^device 'cuda': CUDA can't be loaded"):
+    with pytest.raises(UserError, match=r"^device 'cuda': CUDA can't be loaded"):
         Session(make_model(), device="cuda")
 
 

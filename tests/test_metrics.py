@@ -1,0 +1,277 @@
+"""AP against pycocotools used directly, against the VOC devkit's rules written plainly, and by hand."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detkit import metrics
+from detkit.types import CROWD, DIFFICULT, OCCLUDED, Detections, Record
+
+NAMES = ("tin", "box", "bag")
+Truth = Sequence[tuple[Sequence[float], int, int]]
+Found = Sequence[tuple[Sequence[float], int, float]]
+
+
+def record(*objects: tuple[Sequence[float], int, int], hw: tuple[int, int] = (100, 100)) -> Record:
+    boxes = np.array([box for box, _, _ in objects], np.float64).reshape(-1, 4)
+    labels = np.array([label for _, label, _ in objects], np.int64)
+    return Record("photo.jpg", hw, boxes, labels, np.array([flag for _, _, flag in objects], np.uint8))
+
+
+def found(*rows: tuple[Sequence[float], int, float], hw: tuple[int, int] = (100, 100)) -> Detections:
+    rows = tuple(sorted(rows, key=lambda row: -row[2]))
+    boxes = np.array([box for box, _, _ in rows], np.float32).reshape(-1, 4)
+    scores = np.array([score for _, _, score in rows], np.float32)
+    return Detections(boxes, scores, np.array([label for _, label, _ in rows], np.int64), hw)
+
+
+def random_photos(seed: int, flags: Sequence[int] = (0,), count: int = 12) -> tuple[list[Record], list[Detections]]:
+    """Objects of three classes; of most a detection nearby, sometimes two or of another class; and false ones."""
+    rng = np.random.default_rng(seed)
+    records, detections = [], []
+    for _ in range(count):
+        number = int(rng.integers(0, 9))
+        size = rng.uniform(8, 40, (number, 2))
+        corner = rng.uniform(0, 1, (number, 2)) * (200 - size)
+        boxes = np.concatenate([corner, corner + size], 1)
+        labels = rng.integers(0, 3, number)
+        records.append(
+            record(
+                *zip(boxes.tolist(), labels.tolist(), rng.choice(flags, number).tolist(), strict=True), hw=(200, 200)
+            )
+        )
+        near = np.repeat(boxes, 2, 0)[rng.random(2 * number) < 0.7]
+        what = np.repeat(labels, 2)[: len(near)]
+        what = np.where(rng.random(len(near)) < 0.2, rng.integers(0, 3, len(near)), what)
+        near = near + rng.normal(0, 3, near.shape)
+        near[:, 2:] = np.maximum(near[:, 2:], near[:, :2] + 1)
+        scores = rng.permutation(np.linspace(0.05, 0.95, len(near)) + rng.uniform(0, 0.04))
+        detections.append(found(*zip(near.tolist(), what.tolist(), scores.tolist(), strict=True), hw=(200, 200)))
+    return records, detections
+
+
+def direct(records: Sequence[Record], detections: Sequence[Detections]) -> COCOeval:
+    """pycocotools as its users use it: annotations as dicts, loadRes, default parameters. Crowds, but nothing else."""
+
+    def xywh(box: np.ndarray) -> list[float]:
+        x1, y1, x2, y2 = map(float, box)
+        return [x1, y1, x2 - x1, y2 - y1]
+
+    annotations, results = [], []
+    for image, (r, f) in enumerate(zip(records, detections, strict=True), 1):
+        for box, label, flag in zip(r.boxes, r.labels, r.flags, strict=True):
+            x, y, w, h = xywh(box)
+            row = {"image_id": image, "category_id": int(label) + 1, "bbox": [x, y, w, h], "area": w * h}
+            annotations.append({**row, "id": len(annotations) + 1, "iscrowd": int(bool(flag & CROWD))})
+        for box, label, score in zip(f.boxes, f.labels, f.scores, strict=True):
+            row = {"image_id": image, "category_id": int(label) + 1, "bbox": xywh(box), "score": float(score)}
+            results.append(row)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = {
+            "info": {},
+            "images": [{"id": i + 1} for i in range(len(records))],
+            "annotations": annotations,
+            "categories": [{"id": i + 1, "name": name} for i, name in enumerate(NAMES)],
+        }
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("flags", [(0,), (0, 0, CROWD), (0, OCCLUDED)])
+def test_coco_is_pycocotools(seed: int, flags: tuple[int, ...]) -> None:
+    records, detections = random_photos(seed, flags)
+    assert max(map(len, detections)) <= 100  # or its default limits would apply
+    got, wanted = metrics.coco_ap(records, detections, NAMES), direct(records, detections)
+    assert 0.01 < got["mAP"] < 0.95
+    assert [got["mAP"], got["mAP50"], got["mAP75"], got["AR"]] == pytest.approx(wanted.stats[[0, 1, 2, 8]], abs=1e-9)
+    precision = wanted.eval["precision"][:, :, :, 0, -1]
+    for label, name in enumerate(NAMES):
+        curve = precision[:, :, label]
+        assert got["per_class"][name] == pytest.approx([curve.mean(), curve[0].mean()], abs=1e-9)
+
+
+def test_more_than_100_detections_count() -> None:
+    boxes = [[x, y, x + 8, y + 8] for x in range(0, 150, 10) for y in range(0, 100, 10)]
+    photo = record(*((box, 0, 0) for box in boxes), hw=(100, 150))
+    all_found = found(*((box, 0, 0.9 - i / 1000) for i, box in enumerate(boxes)))
+    assert metrics.coco_ap([photo], [all_found], NAMES)["mAP"] == pytest.approx(1)
+
+
+A, B, C = (0.0, 0.0, 20.0, 20.0), (50.0, 50.0, 80.0, 80.0), (30.0, 0.0, 45.0, 10.0)
+
+
+@pytest.mark.parametrize("flag", [DIFFICULT, DIFFICULT | CROWD, DIFFICULT | OCCLUDED])
+def test_difficult_objects_do_not_count(flag: int) -> None:
+    """Neither missed nor found: the figures are those without them."""
+    photo, plain = record((A, 0, 0), (B, 0, flag)), record((A, 0, 0))
+    for rows, same in (
+        ([(A, 0, 0.5), (B, 0, 0.9)], [(A, 0, 0.5)]),
+        ([(A, 0, 0.5)], [(A, 0, 0.5)]),
+        ([(A, 0, 0.5), (B, 0, 0.9), (C, 0, 0.8)], [(A, 0, 0.5), (C, 0, 0.8)]),
+    ):
+        got = metrics.evaluate([photo], [found(*rows)], NAMES)
+        assert got == metrics.evaluate([plain], [found(*same)], NAMES)
+
+
+def test_a_crowd_takes_any_number_of_detections_and_a_difficult_object_one() -> None:
+    inside = [(x, 50.0, x + 10.0, 80.0) for x in (50.0, 60.0, 70.0)]
+    rows = found((A, 0, 0.5), *((box, 0, 0.9) for box in inside))
+    assert metrics.coco_ap([record((A, 0, 0), (B, 0, CROWD))], [rows], NAMES)["mAP50"] == pytest.approx(1)
+    # A third of a difficult object is no detection of it.
+    assert metrics.coco_ap([record((A, 0, 0), (B, 0, DIFFICULT))], [rows], NAMES)["mAP50"] < 0.3
+
+
+def test_a_class_with_only_difficult_objects_has_no_figure() -> None:
+    got = metrics.coco_ap([record((A, 0, 0), (B, 1, DIFFICULT))], [found((A, 0, 0.9), (B, 1, 0.9))], NAMES)
+    assert got["per_class"] == {"tin": pytest.approx([1, 1]), "box": None, "bag": None}
+    assert got["mAP"] == pytest.approx(1)
+    assert metrics.voc_ap([record((B, 1, DIFFICULT))], [found((B, 1, 0.9))], NAMES)["box"] is None
+
+
+def test_nothing_found() -> None:
+    got = metrics.evaluate([record((A, 0, 0)), record()], [found(), found()], NAMES)
+    assert got["per_class"] == {"tin": [0, 0], "box": None, "bag": None}
+    assert [got[name] for name in ("mAP", "mAP50", "mAP75", "AR", "VOC_AP50", "score")] == [0] * 6
+    assert metrics.voc_ap([record((A, 0, 0))], [found()], NAMES) == {"tin": 0, "box": None, "bag": None}
+
+
+@pytest.mark.parametrize("photos", [0, 1])
+def test_nothing_there(photos: int) -> None:
+    got = metrics.evaluate([record()] * photos, [found((A, 0, 0.9))] * photos, NAMES)
+    assert got["per_class"] == dict.fromkeys(NAMES)
+    assert [got[name] for name in ("mAP", "mAP50", "VOC_AP50")] == [0] * 3
+
+
+def test_a_missing_photo_is_an_error() -> None:
+    for measure in (metrics.coco_ap, metrics.voc_ap):
+        with pytest.raises(ValueError, match="zip"):
+            measure([record(), record()], [found()], NAMES)
+
+
+# VOC
+
+
+def share(a: Sequence[float], b: Sequence[float]) -> float:
+    """IoU of two boxes."""
+    (x1, y1, x2, y2), (u1, v1, u2, v2) = a, b
+    common = max(0.0, min(x2, u2) - max(x1, u1)) * max(0.0, min(y2, v2) - max(y1, v1))
+    return common / ((x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - common)
+
+
+def devkit_ap(records: Sequence[Record], detections: Sequence[Detections], label: int, least: float) -> float | None:
+    """VOCevaldet.m, step by step (its boxes are of whole pixels, here they have edges)."""
+    objects = 0
+    used: list[list[bool]] = []
+    for r in records:
+        used.append([False] * len(r.labels))
+        objects += sum(int(k == label and not f & (DIFFICULT | CROWD)) for k, f in zip(r.labels, r.flags, strict=True))
+    if objects == 0:
+        return None
+    rows = [
+        (float(score), image, box)
+        for image, f in enumerate(detections)
+        for box, k, score in zip(f.boxes.astype(float), f.labels, f.scores, strict=True)
+        if k == label
+    ]
+    hits: list[int] = []
+    for _, image, box in sorted(rows, key=lambda row: -row[0]):
+        r = records[image]
+        shares = [(share(box, other), j) for j, other in enumerate(r.boxes) if r.labels[j] == label]
+        best, which = max(shares, default=(-1.0, -1))
+        if best < least:
+            hits.append(0)
+        elif not r.flags[which] & (DIFFICULT | CROWD):
+            hits.append(int(not used[image][which]))
+            used[image][which] = True
+    points = []
+    for i in range(len(hits)):
+        right = sum(hits[: i + 1])
+        points.append((right / objects, right / (i + 1)))
+    area, before = 0.0, 0.0
+    for i, (recall, _) in enumerate(points):
+        area += (recall - before) * max(precision for _, precision in points[i:])
+        before = recall
+    return area
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("flags", [(0,), (0, 0, DIFFICULT, CROWD)])
+@pytest.mark.parametrize("least", [0.5, 0.75])
+def test_voc_is_the_devkits(seed: int, flags: tuple[int, ...], least: float) -> None:
+    records, detections = random_photos(seed + 10, flags)
+    got = metrics.voc_ap(records, detections, NAMES, least)
+    for label, name in enumerate(NAMES):
+        assert got[name] == pytest.approx(devkit_ap(records, detections, label, least), abs=1e-9)
+    known = [value for value in metrics.voc_ap(records, detections, NAMES).values() if value is not None]
+    assert metrics.evaluate(records, detections, NAMES)["VOC_AP50"] == pytest.approx(sum(known) / len(known))
+
+
+SHIFTED = (0.0, 0.0, 20.0, 11.0)  # IoU 0.55 with A
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        ([(A, 0, 0.9), (B, 0, 0.8)], 1.0),
+        ([(A, 0, 0.9)], 0.5),
+        ([(A, 0, 0.9), (C, 0, 0.85), (B, 0, 0.8)], 0.5 + 0.5 * 2 / 3),
+        ([(C, 0, 0.95), (A, 0, 0.9)], 0.25),
+        ([(A, 0, 0.9), (A, 0, 0.8), (B, 0, 0.7)], 0.5 + 0.5 * 2 / 3),  # found twice: once right
+        ([(A, 1, 0.9), (B, 0, 0.8)], 0.5),  # another class's
+        ([(SHIFTED, 0, 0.9), (B, 0, 0.8)], 1.0),
+        ([(C, 0, 0.9)], 0.0),
+    ],
+)
+def test_voc_by_hand(rows: Found, wanted: float) -> None:
+    photo = record((A, 0, 0), (B, 0, 0))
+    assert metrics.voc_ap([photo], [found(*rows)], NAMES)["tin"] == pytest.approx(wanted)
+
+
+def test_coco_by_hand() -> None:
+    # IoU 0.55 is enough for thresholds 0.5 and (just) 0.55 of the ten.
+    got = metrics.coco_ap([record((A, 0, 0))], [found(((0.0, 0.0, 20.0, 11.2), 0, 0.9))], NAMES)
+    assert got["mAP50"] == pytest.approx(1)
+    assert got["mAP75"] == 0
+    assert got["mAP"] == pytest.approx(0.2)
+    assert got["AR"] == pytest.approx(0.2)
+
+
+# The threshold
+
+
+def best_f1(records: Sequence[Record], detections: Sequence[Detections]) -> Any:
+    return metrics.evaluate(records, detections, NAMES)["score"]
+
+
+def test_the_score_is_that_of_the_best_f1() -> None:
+    photo = record((A, 0, 0), (B, 1, 0))
+    rows = [(A, 0, 0.9), (B, 1, 0.6), (C, 0, 0.5), (C, 1, 0.4)]
+    assert best_f1([photo], [found(*rows)]) == pytest.approx(0.6, abs=1e-4)
+    assert best_f1([photo], [found(*rows[:1])]) == pytest.approx(0.9, abs=1e-4)
+
+
+@pytest.mark.parametrize("score", [0.12345, 0.98766, 1.0, 0.00004])
+def test_a_detection_at_the_threshold_is_shown(score: float) -> None:
+    rows = found((A, 0, score))
+    assert len(rows.above(best_f1([record((A, 0, 0))], [rows]))) == 1
+
+
+def test_what_shares_a_score_is_shown_together() -> None:
+    """A threshold can't stand between equal scores, so they count together: here all four or none."""
+    photo = record((A, 0, 0), (B, 0, 0))
+    rows = found((A, 0, 0.9), (B, 0, 0.3), *(((i * 3.0, 90.0, i * 3.0 + 2, 95.0), 0, 0.3) for i in range(8)))
+    assert best_f1([photo], [rows]) == pytest.approx(0.9, abs=1e-4)
