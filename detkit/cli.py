@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from detkit import __version__
 from detkit.errors import Interrupted, UserError, missing
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from detkit.runtime.predict import Detector
 
 app = typer.Typer(
@@ -128,9 +129,7 @@ def predict(
     """Find the products in photos: a table, annotated pictures, and JSON or VOC XML."""
     from detkit.runtime import predict as job
 
-    failures = job.predict(
-        _detector(model, device), photos, out, format=file_format, score=score, console=_console()
-    )
+    failures = job.predict(_detector(model, device), photos, out, format=file_format, score=score, console=_console())
     raise typer.Exit(1 if failures else 0)
 
 
@@ -186,6 +185,8 @@ def demo() -> None:
 
 
 def _console() -> Console:
+    from rich.console import Console
+
     # Off a terminal (a log file, CI) lines are not wrapped to 80 columns.
     return Console() if sys.stdout.isatty() else Console(width=200)
 

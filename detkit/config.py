@@ -71,7 +71,9 @@ class Backbone(Settings):
         "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2",
     ]  # fmt: skip
     width: PositiveFloat = Field(1.0, description="mobilenet_v2: factor on the channels; the others come as they are")
-    freeze: int = Field(0, ge=0, le=5, description="stages kept as loaded, counted from the image; with weights: none, none")
+    freeze: int = Field(
+        0, ge=0, le=5, description="stages kept as loaded, counted from the image; with weights: none, none"
+    )
     frozen_bn: bool = Field(False, description="BatchNorm keeps its loaded statistics, weights and biases; likewise")
 
     @model_validator(mode="after")

@@ -64,4 +64,3 @@ def run(console: Console) -> None:
 
 def _step(console: Console, number: int, title: str) -> None:
     console.print(f"\n[bold]{number}/5  {title}[/bold]", highlight=False)
-

@@ -30,7 +30,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
 _EXTRAS = {
     "lxml": "data",
     **dict.fromkeys(
-        ("albumentations", "cv2", "onnx", "onnxscript", "pycocotools", "safetensors", "tensorboard", "torch", "torchvision"),
+        (
+            "albumentations",
+            "cv2",
+            "onnx",
+            "onnxscript",
+            "pycocotools",
+            "safetensors",
+            "tensorboard",
+            "torch",
+            "torchvision",
+        ),
         "train",
     ),
 }

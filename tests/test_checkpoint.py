@@ -228,7 +228,7 @@ def test_a_state_that_would_run_code_is_refused(tmp_path: Path, how: str) -> Non
     if how == "torch":
         torch.save({"epoch": Evil(trap)}, state)
     else:
-        state.write_bytes(pickle.dumps({"epoch": Evil(trap)}))
+        state.write_bytes(pickle.dumps({"epoch": Evil(trap)}, protocol=2))
     with pytest.raises(UserError, match="cannot be read") as error:
         checkpoint.read_state(tmp_path)
     assert str(state) in str(error.value)

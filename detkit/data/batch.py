@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from typing import cast
@@ -86,14 +87,15 @@ class Loader:
     """Batches of a set of samples, an epoch at a time.
 
     seed: the order is a permutation drawn from (seed, epoch), and a last batch that is not full is left out (unless
-    there is no other); None: in order and complete. workers: processes that decode, 0 for none; they stay alive
-    between epochs. pin: put batches into pinned memory, for CUDA.
+    there is no other); None: in order and complete. workers: processes that decode, at most one a core, 0 for none;
+    they stay alive between epochs. pin: put batches into pinned memory, for CUDA.
     """
 
     def __init__(
         self, samples: EvalSet, batch_size: int, workers: int, *, seed: int | None = None, pin: bool = False
     ) -> None:
         self._order = _Order(len(samples), batch_size, seed)
+        workers = min(workers, os.cpu_count() or 1)
         self._batches = DataLoader(
             _Guarded(samples),
             batch_sampler=self._order,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detkit.config import FPN, PAN, SSDExtras
+from detkit.errors import UserError
 from detkit.nn.contract import Feats, FeatureMaps
 
 
@@ -87,6 +88,8 @@ class Extras(Neck):
             maps[0] = self.scale.view(1, -1, 1, 1) * F.normalize(maps[0])
             maps[1] = extra.pop(0)(maps[1])
         for shrink in extra:
+            if self.reduced_fc and len(maps) >= 4 and min(maps[-1].shape[-2:]) < 3:
+                raise UserError(f"input.size is too small for model.neck.levels={len(self.channels)}: 300 fits 6 levels")
             maps.append(shrink(maps[-1]))
         return tuple(maps)
 
