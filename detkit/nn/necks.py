@@ -89,7 +89,9 @@ class Extras(Neck):
             maps[1] = extra.pop(0)(maps[1])
         for shrink in extra:
             if self.reduced_fc and len(maps) >= 4 and min(maps[-1].shape[-2:]) < 3:
-                raise UserError(f"input.size is too small for model.neck.levels={len(self.channels)}: 300 fits 6 levels")
+                raise UserError(
+                    f"input.size is too small for model.neck.levels={len(self.channels)}: 300 fits 6 levels"
+                )
             maps.append(shrink(maps[-1]))
         return tuple(maps)
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from detkit import config
+from detkit.errors import UserError
 from detkit.nn import backbones, necks
 from detkit.nn.contract import Feats
 
@@ -116,3 +117,11 @@ def test_l2_norm_has_the_learnt_length() -> None:
     nn.init.constant_(neck.scale, 3.0)
     first = neck(below.maps((300, 300)))[0]
     torch.testing.assert_close(first.norm(dim=1), torch.full_like(first[:, 0], 3.0))
+
+
+def test_a_canvas_too_small_for_the_paper_s_neck_is_one_line():
+    settings = config.load("ssd_vgg.yaml").model
+    backbone = backbones.build(settings.backbone)
+    neck = necks.build(settings.neck, backbone)
+    with pytest.raises(UserError, match=r"input\.size is too small"):
+        neck(backbone(torch.zeros(1, 3, 128, 128)))
