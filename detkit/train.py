@@ -35,6 +35,10 @@ from detkit.nn.contract import Losses
 from detkit.nn.detector import Detector, Predictor, Trainable
 from detkit.types import Batch
 
+# What of a Run is saved for resuming.
+PARTS = ("detector", "predictor", "optimizer", "schedule", "scaler")
+COUNTERS = ("best", "epoch", "step_in_epoch", "totals")
+LOG_EVERY = 60.0  # seconds between lines of progress where there is no terminal for a bar
 FIGURES = ("mAP", "mAP50", "mAP75", "VOC_AP50")
 
 
@@ -100,6 +104,7 @@ class Run:
         self.settings, self.console = settings, console
         self.folder = Path()
         self.best, self.epoch, self.step_in_epoch = -1.0, 0, 0
+        self.totals: dict[str, float] = {}  # of the losses, in this epoch
         self.device = pick_device(cfg.device)
         self.train_data = load_split(settings.data, settings.data.train, console)
         self.val_data = load_split(settings.data, settings.data.val, console)
@@ -141,15 +146,15 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes."""
-        parts = ("detector", "predictor", "optimizer", "schedule", "scaler")
-        counters = {"best": self.best, "epoch": self.epoch, "step_in_epoch": self.step_in_epoch}
-        return {name: getattr(self, name).state_dict() for name in parts} | counters | {"rng": torch.get_rng_state()}
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        return {name: getattr(self, name).state_dict() for name in PARTS} | counters | {"rng": torch.get_rng_state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from where `state` was taken."""
-        for name in ("detector", "predictor", "optimizer", "schedule", "scaler"):
+        for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
-        self.best, self.epoch, self.step_in_epoch = state["best"], state["epoch"], state["step_in_epoch"]
+        for name in COUNTERS:
+            setattr(self, name, state[name])
         torch.set_rng_state(state["rng"])
 
     def save_state(self) -> None:
@@ -189,30 +194,31 @@ class Run:
         """Train to the end of the current epoch, or until asked to stop; returns mean losses and images a second."""
         cfg = self.settings.train
         task = progress.add_task("", total=len(self.loader), completed=self.step_in_epoch)
-        totals: dict[str, float] = {}
-        done, images, start = 0, 0, time.perf_counter()
+        images, told, start = 0, 0.0, time.perf_counter()
         canvas = cfg.canvas(self.settings.input.size, self.epoch)
         close = self.epoch >= cfg.epochs - self.settings.augment.close_epochs
-        for batch in self.loader.epoch(self.epoch, start=self.step_in_epoch, close=close, canvas=canvas):
+        batches = self.loader.epoch(self.epoch, start=self.step_in_epoch, close=close, canvas=canvas)
+        for done, batch in enumerate(batches, 1):
             parts = self.train_step(batch)
             self.step_in_epoch += 1
-            done += 1
             images += len(batch.images)
             for name, value in parts.items():
-                totals[name] = totals.get(name, 0.0) + value
+                self.totals[name] = self.totals.get(name, 0.0) + value
             passed = time.perf_counter() - start
             left = self.steps - self.epoch * len(self.loader) - self.step_in_epoch
-            losses = " ".join(f"{name} {total / done:.3f}" for name, total in totals.items())
-            progress.update(
-                task,
-                advance=1,
-                description=f"epoch {self.epoch + 1}/{cfg.epochs}  {losses}  {images / passed:.1f} img/s  "
-                f"run ends in {duration(left * passed / done)}",
+            losses = " ".join(f"{name} {total / self.step_in_epoch:.3f}" for name, total in self.totals.items())
+            status = (
+                f"epoch {self.epoch + 1}/{cfg.epochs}  {losses}  {images / passed:.1f} img/s  "
+                f"run ends in {duration(left * passed / done)}"
             )
+            progress.update(task, advance=1, description=status)
+            if not self.console.is_terminal and passed > told + LOG_EVERY:
+                told = passed
+                self.console.print(f"{status}  step {self.step_in_epoch}/{len(self.loader)}", highlight=False)
             if stop():
                 break
         progress.remove_task(task)
-        means = {f"loss_{name}": total / max(1, done) for name, total in totals.items()}
+        means = {f"loss_{name}": total / self.step_in_epoch for name, total in self.totals.items()}
         return means | {"img_s": images / (time.perf_counter() - start)}
 
     def validate(self) -> dict[str, Any]:
@@ -289,7 +295,7 @@ def _loop(run: Run) -> Path:
             if stop():
                 run.save_state()
                 raise Interrupted(f"stopped; go on with  detkit train --resume {run.folder}", stop())
-            run.epoch, run.step_in_epoch = run.epoch + 1, 0
+            run.epoch, run.step_in_epoch, run.totals = run.epoch + 1, 0, {}
             row = {"epoch": run.epoch, "lr": float(run.schedule.get_last_lr()[-1]), **row}
             if run.epoch % cfg.eval_every == 0 or run.epoch == cfg.epochs:
                 figures = run.validate()
