@@ -79,8 +79,11 @@ class _Order(Sampler[list[Key]]):
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C reaches the whole group; the main process alone decides what it means.
+    # Ctrl-C and other signals to the group are for the main process: it alone decides what they mean, and tells the
+    # workers. (Ignoring SIGTERM here would be no way: multiprocessing ends stray workers with it, and waits.)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 class Loader:
