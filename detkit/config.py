@@ -11,12 +11,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from detkit.errors import UserError, nearest
+from detkit.geometry import Rule
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Triple = tuple[float, float, float]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-
-VGGS = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
 
 
 class Settings(BaseModel):
@@ -46,7 +45,7 @@ class Input(Settings):
     """The canvas the network sees."""
 
     size: tuple[PositiveInt, PositiveInt] = Field(description="height and width in pixels")
-    resize: Literal["stretch", "letterbox"] = Field("stretch", description="how a photo is fitted to the canvas")
+    resize: Rule = Field("stretch", description="how a photo is fitted to the canvas")
     mean: Triple = Field((0.485, 0.456, 0.406), description="RGB mean, of values in 0..1")
     std: Triple = Field((0.229, 0.224, 0.225), description="RGB standard deviation, of values in 0..1")
 
