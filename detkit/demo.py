@@ -39,7 +39,8 @@ def run(console: Console) -> None:
     _step(console, 4, "Exporting to ONNX")
     model = export.run(str(folder), folder / f"{settings.name}.onnx", console)
     _step(console, 5, "Finding products with the ONNX file, without torch")
-    photos = sorted((root / "JPEGImages").iterdir())[-PHOTOS:]
+    names = (root / "ImageSets" / "Main" / f"{settings.data.val}.txt").read_text(encoding="utf-8").split()
+    photos = [root / "JPEGImages" / f"{name}.jpg" for name in names[:PHOTOS]]
     out = next_folder("predictions/demo-")
     predict.predict(Session(model), [str(photo) for photo in photos], out / "photos", console=console)
     trained = checkpoint.read(checkpoint.find(folder))
@@ -47,7 +48,7 @@ def run(console: Console) -> None:
         Panel(
             f"Done in {duration(time.perf_counter() - began)}: val mAP50 {figures['mAP50']:.3f}, "
             f"mAP {figures['mAP']:.3f} (epoch {trained.epoch}).\n\n"
-            f"The picture      {next((out / 'photos').glob('*.jpg'))}\n"
+            f"The picture      {out / 'photos' / photos[0].name}\n"
             f"The ONNX file    {model}\n"
             f"The run          {folder}  (config, metrics.csv, TensorBoard events, weights)\n\n"
             "Now your own photos, with LabelImg's XML beside them (or in VOC layout):\n"
