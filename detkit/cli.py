@@ -195,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a UserError is one line on stderr and exit code 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]  # wherever it stands
     if "--resume" in words:
         # A bare --resume means the newest stopped run; typer has no options whose value may be left out.
         after = words.index("--resume") + 1

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from detkit import __version__, cli, config
+from detkit.errors import UserError
 from tests.test_train import SHELF, TINY
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +74,11 @@ def test_config_schema_is_json(run):
 def test_typos_are_answered_with_the_nearest_name(run):
     one_line(run("train", "--config", "ssd_vg.yaml"), "ssd_vg.yaml", "'ssd_vgg.yaml'")
     one_line(run("train", "--config", "ssd_vgg.yaml", "--set", "trian.epochs=5"), "'train.epochs'")
+
+
+def test_debug_shows_the_traceback(run):
+    with pytest.raises(UserError, match=r"ssd_vg\.yaml"):
+        cli.main(["train", "--config", "ssd_vg.yaml", "--debug"])
 
 
 def test_train_wants_a_config(run):
