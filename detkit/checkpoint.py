@@ -41,7 +41,8 @@ def pick_device(wanted: config.Device) -> torch.device:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A trained detector: the run's config, its classes, the weights, the epoch and the validation figures."""
+    """A trained detector: the run's config, its classes, the weights, the epoch and the validation figures
+    (none where the run was stopped before it measured them)."""
 
     path: Path
     config: config.Config
@@ -68,7 +69,7 @@ class Checkpoint:
             mean=canvas.mean,
             std=canvas.std,
             fill=imaging.fill(canvas.mean),
-            score=self.metrics["score"],
+            score=self.metrics.get("score", 0.3),
             nms=self.config.model.select,
             sha256=hashlib.sha256(self.path.read_bytes()).hexdigest(),
             metrics={name: value for name, value in self.metrics.items() if name != "per_class"},

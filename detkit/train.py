@@ -224,14 +224,18 @@ class Run:
     def validate(self) -> dict[str, Any]:
         """Evaluate the averaged weights and write the last and, where it is, the best checkpoint."""
         figures = evaluate(self.predictor, self.val_loader, self.val_data, self.device, self.console)
-        weights_now = self.predictor.detector.state_dict()
         names = [checkpoint.LAST]
         if figures["mAP"] > self.best:
             self.best = figures["mAP"]
             names.append(checkpoint.BEST)
         for name in names:
-            checkpoint.write(self.folder / name, weights_now, self.settings, self.classes, self.epoch, figures)
+            self.write(name, figures)
         return figures
+
+    def write(self, name: str, figures: dict[str, Any]) -> None:
+        """Write the averaged weights as a checkpoint of that name."""
+        weights_now = self.predictor.detector.state_dict()
+        checkpoint.write(self.folder / name, weights_now, self.settings, self.classes, self.epoch, figures)
 
 
 def start(settings: config.Config, console: Console) -> Path:
@@ -294,6 +298,7 @@ def _loop(run: Run) -> Path:
                 row = run.train_epoch(progress, stop)
             if stop():
                 run.save_state()
+                run.write(checkpoint.LAST, {})  # not measured, but it can be looked at
                 raise Interrupted(f"stopped; go on with  detkit train --resume {run.folder}", stop())
             run.epoch, run.step_in_epoch, run.totals = run.epoch + 1, 0, {}
             row = {"epoch": run.epoch, "lr": float(run.schedule.get_last_lr()[-1]), **row}
