@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from detkit import __version__, config, imaging
+from detkit.config import Data
 from detkit.errors import UserError
 from detkit.files import atomic_write
 from detkit.manifest import Manifest
@@ -56,6 +57,11 @@ class Checkpoint:
         detector = Detector(self.config.model, self.config.input, len(self.classes))
         detector.load_state_dict(self.weights)
         return Predictor(detector, self.config.model.select)
+
+    def data(self, root: Path | None) -> Data:
+        """Where the run's photos are; or the same settings for the data set in `root`, whose classes are its own."""
+        settings = self.config.data
+        return settings if root is None else settings.model_copy(update={"root": root, "classes": None})
 
     def manifest(self) -> Manifest:
         """What an exported file says of itself."""

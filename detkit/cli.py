@@ -150,11 +150,12 @@ def _detector(model: str | None, device: Device) -> Detector:
 def export(
     run: Annotated[str | None, typer.Argument(help="a run folder or a checkpoint; default: the newest run")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="the .onnx file; default: beside the model")] = None,
+    data: Annotated[Path | None, typer.Option(help="data set to check it on; default: the run's")] = None,
 ) -> None:
     """Write an ONNX file that takes pixels and gives boxes, after checking it against torch on real photos."""
     from detkit import export as job
 
-    job.run(run, out, _console())
+    job.run(run, out, data, _console())
 
 
 @data_app.command()

@@ -83,7 +83,7 @@ def run(
     """
     trained = checkpoint.read(checkpoint.find(model))
     settings = trained.config
-    data = settings.data if root is None else settings.data.model_copy(update={"root": root, "classes": None})
+    data = trained.data(root)
     dataset = load_split(data, split or data.val, console)
     if dataset.classes != trained.classes:
         raise UserError(f"{data.root}: its classes are not those of {trained.path}: {_difference(dataset, trained)}")

@@ -223,20 +223,22 @@ def export(predictor: Predictor, manifest: Manifest, path: Path, photos: Tensor)
     return result
 
 
-def run(model: str | None, out: Path | None, console: Console) -> Path:
+def run(model: str | None, out: Path | None, root: Path | None, console: Console) -> Path:
     """Export a run's best checkpoint, or the checkpoint `model`, to `out` (default: beside it), and say how it went.
 
-    It is checked on photos of the run's validation split. Returns the ONNX file. Raises UserError.
+    It is checked on photos of the run's validation split, or that of the data set in `root`. Returns the ONNX file.
+    Raises UserError.
     """
     source = checkpoint.find(model)
     trained = checkpoint.read(source)
     path = out or source.with_suffix(".onnx")
     if path.suffix != ".onnx":
         raise UserError(f"--out {path}: name a file that ends in .onnx")
-    dataset = cache.load(trained.config.data, trained.config.data.val)
+    data = trained.data(root)
+    dataset = cache.load(data, data.val)
     samples = EvalSet(dataset, trained.config.input)
     if not len(samples):
-        raise UserError(f"{trained.config.data.root}: no photos in '{trained.config.data.val}' to check the export on")
+        raise UserError(f"{data.root}: no photos in '{data.val}' to check the export on")
     chosen = np.unique(np.linspace(0, len(samples) - 1, PHOTOS).astype(int))
     photos = torch.from_numpy(np.stack([samples[int(i)].image.transpose(2, 0, 1) for i in chosen]))
     result = export(trained.predictor(), trained.manifest(), path, photos)

@@ -240,6 +240,9 @@ class Run:
 
 def start(settings: config.Config, console: Console) -> Path:
     """Train a new run. Returns its folder. Raises UserError for the user's mistakes, Interrupted when stopped."""
+    # Absolute, so that the run can be resumed, measured and exported from any folder.
+    folders = {name: path.absolute() for name in ("root", "cache") if (path := getattr(settings.data, name))}
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update=folders)})
     run = Run(settings, console)
     report = weights.load(run.detector, settings.model)
     if report:

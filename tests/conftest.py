@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,20 @@ from detkit import config
 # No deadline: a busy machine is not a failure. CI tries the same examples each time.
 settings.register_profile("detkit", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("detkit")
+
+
+# In CI, which has the groceries but no GPU, a test that is skipped for any other reason has failed.
+EXPECTED_SKIPS = ("needs a GPU",)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and "CI" in os.environ and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if reason not in EXPECTED_SKIPS:
+            report.outcome, report.longrepr = "failed", f"skipped in CI: {reason}"
+    return report
 
 
 @pytest.fixture(autouse=True)

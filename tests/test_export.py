@@ -127,7 +127,7 @@ def test_run_exports_a_checkpoint_that_finds_the_same_in_photos(
 
     said = io.StringIO()
     monkeypatch.chdir(tmp_path)
-    path = export.run(None, None, Console(file=said, width=1000))
+    path = export.run(None, None, None, Console(file=said, width=1000))
     assert path.resolve() == file.with_suffix(".onnx")
     assert "agree on" in said.getvalue()
     images = [imaging.decode(photo) for photo in sorted((data / "JPEGImages").iterdir())]
@@ -139,10 +139,10 @@ def test_run_exports_a_checkpoint_that_finds_the_same_in_photos(
         assert ours.labels.tolist() == theirs.labels.tolist()
 
     with pytest.raises(UserError, match=r"name a file that ends in \.onnx"):
-        export.run(None, tmp_path / "model", Console(file=said))
+        export.run(None, tmp_path / "model", None, Console(file=said))
     (data / "ImageSets" / "Main" / "val.txt").write_text("")
     with pytest.raises(UserError, match="val"):
-        export.run(None, None, Console(file=said))
+        export.run(None, None, None, Console(file=said))
 
 
 class Pixels(nn.Module):
