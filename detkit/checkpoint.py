@@ -21,7 +21,7 @@ from torch import Tensor
 from detkit import __version__, config, imaging
 from detkit.config import Data
 from detkit.errors import UserError
-from detkit.files import atomic_write
+from detkit.files import atomic_file, atomic_write
 from detkit.manifest import Manifest
 from detkit.nn.detector import Detector, Predictor
 from detkit.runtime.session import Raw, detect_with
@@ -177,12 +177,8 @@ def newest_stopped(runs: Path = Path("runs")) -> Path:
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write what resuming needs (weights, optimiser, counters), atomically."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with atomic_file(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def read_state(run: Path) -> dict[str, Any]:

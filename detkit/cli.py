@@ -27,7 +27,6 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Make and inspect data sets.")
 app.add_typer(data_app, name="data")
 
-ConfigOption = Annotated[str, typer.Option("--config", "-c", help="a path, a file in ./configs, or a shipped config")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="settings to change: --set train.epochs=5 data.root=PATH")
 ]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from detkit.errors import UserError
 
 
-def atomic_write(path: str | Path, data: bytes | str) -> None:
-    """Write `data` (text as UTF-8) to `path`: whoever looks sees the old file or the whole new one, even after a kill.
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write into; it becomes `path` at the block's end: whoever looks sees the old file or the whole new one,
+    even after a kill.
 
     Missing parent folders are made. Raises UserError naming the file where it can't be written.
     """
@@ -21,7 +26,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         try:
             # Not tempfile: it gives files that nobody else may read.
             with temporary.open("xb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -29,6 +34,12 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error.strerror or error})") from None
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Write `data` (text as UTF-8) to `path` as an `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def next_folder(prefix: str | Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,16 @@ class ResizePlan:
         """Boxes [N, 4] of the input canvas, in pixels of the original photo, clipped to it."""
         mapped = np.asarray(boxes, np.float64).reshape(-1, 4) / self._scale()
         return np.clip(mapped, 0, np.tile(self.source[::-1], 2))
+
+
+def iou(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
+    """Intersection over union of each box of a [N, 4] with each of b [M, 4] -> float64 [N, M]."""
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    overlap = np.maximum(high - low, 0).prod(2).astype(np.float64)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(1) for boxes in (a, b)]
+    result: NDArray[np.float64] = overlap / np.maximum(areas[0][:, None] + areas[1][None] - overlap, 1e-9)
+    return result
 
 
 def plan(source: tuple[int, int], canvas: tuple[int, int], rule: Rule) -> ResizePlan:

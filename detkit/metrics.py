@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detkit import geometry
 from detkit.types import CROWD, DIFFICULT, Detections, Record
 
 # pycocotools ignores what lies outside the area range; difficult objects are put there, so that, unlike a crowd, one
@@ -95,15 +96,6 @@ def _mean(values: NDArray[Any]) -> float:
     return float(known.mean()) if known.size else 0.0
 
 
-def _pairwise_iou(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
-    low = np.maximum(a[:, None, :2], b[None, :, :2])
-    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    overlap = np.clip(high - low, 0, None).prod(-1)
-    area_a, area_b = ((x[:, 2:] - x[:, :2]).prod(-1) for x in (a, b))
-    overlap /= np.maximum(area_a[:, None] + area_b[None] - overlap, 1e-9)
-    return np.asarray(overlap)
-
-
 def _voc_hits(record: Record, found: Detections, label: int, iou: float) -> NDArray[np.int8]:
     """For each detection of a class in one photo, best first: 1 a hit, 0 a false positive, -1 not counted."""
     mine = record.labels == label
@@ -112,7 +104,7 @@ def _voc_hits(record: Record, found: Detections, label: int, iou: float) -> NDAr
     hits = np.zeros(len(boxes), np.int8)
     if not mine.any():
         return hits
-    overlap = _pairwise_iou(boxes.astype(np.float64), record.boxes[mine])
+    overlap = geometry.iou(boxes.astype(np.float64), record.boxes[mine])
     taken = np.zeros(int(mine.sum()), bool)
     for i, best in enumerate(overlap.argmax(1)):
         if overlap[i, best] < iou:

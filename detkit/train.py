@@ -273,7 +273,7 @@ class _Log:
 
     def __init__(self, folder: Path, tensorboard: bool) -> None:
         self.path = folder / "metrics.csv"
-        self.events = SummaryWriter(folder, purge_step=None) if tensorboard else None
+        self.events = SummaryWriter(folder) if tensorboard else None
 
     def add(self, row: dict[str, float]) -> None:
         """One epoch's figures."""

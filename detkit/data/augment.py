@@ -88,16 +88,6 @@ def _draw_crops(hw: tuple[int, int], rng: np.random.Generator) -> NDArray[np.int
     return np.concatenate([first, first + size], 1)[(ratio >= 0.5) & (ratio <= 2)]
 
 
-def _overlaps(crops: NDArray[np.int64], boxes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """IoU of each crop with each box, float64 [T, G]."""
-    low = np.maximum(crops[:, None, :2], boxes[None, :, :2])
-    high = np.minimum(crops[:, None, 2:], boxes[None, :, 2:])
-    shared = np.prod(np.maximum(high - low, 0), 2)
-    areas = [np.prod(box[:, 2:] - box[:, :2], 1) for box in (crops, boxes)]
-    overlaps: NDArray[np.float64] = shared / (areas[0][:, None] + areas[1][None] - shared)
-    return overlaps
-
-
 def crop(photo: Labelled, rng: np.random.Generator) -> Labelled:
     """SSD's random crop: it holds the centre of an object, and its IoU with one reaches a minimum chosen at random
     (chosen anew where no trial reaches it). Objects whose centre is inside stay, clipped; without objects, or where
@@ -105,7 +95,7 @@ def crop(photo: Labelled, rng: np.random.Generator) -> Labelled:
     crops = _draw_crops((photo.image.shape[0], photo.image.shape[1]), rng)
     centres = (photo.boxes[:, :2] + photo.boxes[:, 2:]) / 2
     inside = np.all((centres > crops[:, None, :2]) & (centres < crops[:, None, 2:]), axis=2)
-    best = _overlaps(crops, photo.boxes).max(1, initial=0) * np.any(inside, axis=1)
+    best = geometry.iou(crops, photo.boxes).max(1, initial=0) * np.any(inside, axis=1)
     for least in rng.permutation(_OVERLAPS):
         good = np.flatnonzero(best >= least)
         if len(good):

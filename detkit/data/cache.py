@@ -11,9 +11,7 @@ import io
 import os
 import pickle
 import re
-import secrets
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from detkit.config import Data
 from detkit.data import voc
 from detkit.data.voc import DataSet, Finding, Progress
 from detkit.errors import UserError
+from detkit.files import atomic_write
 
 # The columns: their types, and their shapes beside the length.
 _COLUMNS: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
@@ -133,13 +132,8 @@ def _whole(found: DataSet) -> bool:
 
 def _write(path: Path, content: bytes) -> bool:
     """Put the file in place at once, so that no reader sees half of it. False where the folder can't be written."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)  # noqa: PTH105
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        atomic_write(path, content)
+    except UserError:
         return False
     return True

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from detkit import imaging
 from detkit.config import Data
 from detkit.errors import UserError, nearest, need
+from detkit.files import atomic_write
 from detkit.formats import number
 from detkit.types import DIFFICULT, OCCLUDED, TRUNCATED, Record
 
@@ -584,4 +585,4 @@ def summary(findings: Sequence[Finding]) -> list[str]:
 def write_findings(path: Path, findings: Sequence[Finding]) -> None:
     """Write every finding as a JSON line: kind, file, what, action."""
     text = "".join(json.dumps(finding._asdict(), ensure_ascii=False) + "\n" for finding in findings)
-    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    atomic_write(path, text.encode("utf-8", "surrogateescape"))
