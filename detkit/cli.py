@@ -37,6 +37,11 @@ ModelOption = Annotated[
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DeviceOption = Annotated[Device, typer.Option(help="where the network runs")]
 
+FormatOption = Annotated[
+    Literal["voc", "coco", "yolo", "labelme", "cvat", "openimages", "csv"],
+    typer.Option("--format", help="what the annotations are written in"),
+]
+
 
 def _version(show: bool) -> None:
     if show:
@@ -174,6 +179,44 @@ def synth(
     with counting(console, "rendering") as progress:
         synthesise(out, train=train, val=val, size=size, seed=seed, workers=workers, progress=progress)
     console.print(f"{out}: {train} train and {val} val photos")
+
+
+@data_app.command("cache")
+def show_cache(
+    path: Annotated[Path, typer.Argument(help="the data set's folder")],
+    info: Annotated[bool, typer.Option("--info", help="list the cache files (the default)")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="remove them")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="read every file anew and compare")] = False,
+    location: Annotated[Path | None, typer.Option("--cache", help="where they lie, if data.cache is set")] = None,
+    file_format: FormatOption = "voc",
+) -> None:
+    """List, check or remove the caches of a data set."""
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    from detkit.config import Data
+    from detkit.console import counting
+    from detkit.data import cache
+
+    if info + clear + verify > 1:
+        raise UserError("--info, --clear and --verify: choose one")
+    data, console = Data(root=path, cache=location, format=file_format), _console()
+    if clear:
+        removed = cache.clear(data)
+        console.print(f"{path}: {len(removed)} cache files removed")
+    elif verify:
+        with counting(console, "reading") as progress:
+            changed = cache.verify(data, progress)
+        for name in changed:
+            console.print(f"{name}: changed, though its size and times are the same", style="yellow", highlight=False)
+        console.print(f"{path}: {len(changed)} annotations differed from the cache; it is up to date now")
+        raise typer.Exit(1 if changed else 0)
+    else:
+        table = Table("split", "photos", "objects", "size", "file", title=f"caches of {path}", title_justify="left")
+        for entry in cache.info(data):
+            counts = ("damaged", "") if entry.photos < 0 else (str(entry.photos), str(entry.objects))
+            table.add_row(entry.split or "(each file)", *counts, decimal(entry.size), str(entry.path))
+        console.print(table if table.row_count else f"{path}: no caches")
 
 
 @app.command()

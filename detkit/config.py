@@ -34,10 +34,17 @@ class Data(Settings):
     classes: tuple[str, ...] | Path | None = Field(
         None, description="class names, or a file with one a line; default: ROOT/classes.txt, else those in the XML"
     )
-    convention: Literal["edges", "devkit"] = Field(
-        "edges", description="boxes in the XML: 0-based edges (LabelImg), or 1-based inclusive pixels (VOC devkit)"
+    format: Literal["voc", "coco", "yolo", "labelme", "cvat", "openimages", "csv"] = Field(
+        "voc", description="what the annotations are written in"
     )
-    unlabelled: Literal["error", "skip", "negative"] = Field("error", description="what an image without XML means")
+    convention: Literal["auto", "edges", "devkit"] = Field(
+        "auto",
+        description="boxes in VOC XML: 0-based edges (LabelImg), or 1-based inclusive pixels (VOC devkit); auto: "
+        "the files decide, and why is said",
+    )
+    unlabelled: Literal["error", "skip", "negative"] = Field(
+        "error", description="what an image without annotation means"
+    )
     cache: Path | None = Field(None, description="folder of the pickle cache; default ROOT/.detkit-cache")
 
 

@@ -17,7 +17,8 @@ from detkit.console import bar, counting
 from detkit.data import cache
 from detkit.data.batch import Loader
 from detkit.data.dataset import EvalSet
-from detkit.data.voc import DataSet, summary
+from detkit.data.findings import summary
+from detkit.data.labels import DataSet
 from detkit.errors import UserError
 from detkit.files import atomic_write
 from detkit.nn.detector import Predictor

@@ -37,6 +37,19 @@ class ResizePlan:
         return np.clip(mapped, 0, np.tile(self.source[::-1], 2))
 
 
+def turned(boxes: NDArray[np.float64], hw: tuple[int, int], orientation: int) -> NDArray[np.float64]:
+    """Boxes [N, 4] of a stored image of height and width `hw`, as they lie once its EXIF orientation, 1 to 8, is applied."""
+    height, width = hw
+    x1, y1, x2, y2 = boxes.T
+    if orientation in (2, 3, 7, 8):  # mirrored left-right, in the stored image
+        x1, x2 = width - x2, width - x1
+    if orientation in (3, 4, 6, 7):  # upside down
+        y1, y2 = height - y2, height - y1
+    if orientation >= 5:
+        x1, y1, x2, y2 = y1, x1, y2, x2
+    return np.stack([x1, y1, x2, y2], 1)
+
+
 def iou(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
     """Intersection over union of each box of a [N, 4] with each of b [M, 4] -> float64 [N, M]."""
     low = np.maximum(a[:, None, :2], b[None, :, :2])

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,14 +66,14 @@ def _orientation(image: Image.Image) -> int:
         return 1  # Pillow applies it itself, in the size and when it loads
     try:
         # The base class's method: PNG's own decodes the pixels to look for EXIF behind them.
-        return int(Image.Image.getexif(image).get(_ORIENTATION, 1))
+        orientation = int(Image.Image.getexif(image).get(_ORIENTATION, 1))
+        return orientation if orientation in _TURNS else 1
     except _DAMAGE:
         return 1
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    turned = _orientation(image) in (5, 6, 7, 8)
-    return (image.width, image.height) if turned else (image.height, image.width)
+def _upright_size(image: Image.Image, orientation: int) -> tuple[int, int]:
+    return (image.width, image.height) if orientation >= 5 else (image.height, image.width)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -105,19 +105,27 @@ def decode(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> NDArr
 def size(path: str | Path) -> tuple[int, int]:
     """Height and width as `decode` would give them, from the header alone. Raises UserError."""
     with _opened(path, MAX_PIXELS) as (image, _):
-        return _upright_size(image)
+        return _upright_size(image, _orientation(image))
 
 
-def check(path: str | Path) -> tuple[int, int]:
-    """`size`, and the file's end: a file that was cut off raises UserError, without decoding whole ones.
+class Header(NamedTuple):
+    """What an image file says of itself: height and width after its EXIF orientation (1 to 8) is applied."""
+
+    hw: tuple[int, int]
+    orientation: int
+
+
+def check(path: str | Path) -> Header:
+    """The header, and the file's end: a file that was cut off raises UserError, without decoding whole ones.
 
     A JPEG, PNG or WebP that ends as its format says is taken as whole; any other file is decoded to find out.
     """
     with _opened(path, MAX_PIXELS) as (image, file):
-        hw = _upright_size(image)
+        orientation = _orientation(image)
+        header = Header(_upright_size(image, orientation), orientation)
         if not _ends_well(file, image.format):
             image.load()
-        return hw
+        return header
 
 
 def _ends_well(file: IO[bytes], kind: str | None) -> bool:

@@ -26,7 +26,7 @@ from detkit.checkpoint import pick_device
 from detkit.console import bar, duration
 from detkit.data.batch import Loader
 from detkit.data.dataset import EvalSet, TrainSet
-from detkit.data.voc import write_findings
+from detkit.data import findings
 from detkit.errors import Interrupted, UserError
 from detkit.evaluate import evaluate, load_split, table
 from detkit.files import atomic_write, next_folder
@@ -252,7 +252,7 @@ def start(settings: config.Config, console: Console) -> Path:
     run.predictor.follow(run.detector, 0)
     run.folder = next_folder(settings.runs / f"{settings.name}-")
     atomic_write(run.folder / "config.yaml", config.dump(settings))
-    write_findings(run.folder / "findings.jsonl", (*run.train_data.findings, *run.val_data.findings))
+    findings.write(run.folder / "findings.jsonl", (*run.train_data.findings, *run.val_data.findings))
     return _loop(run)
 
 

@@ -11,7 +11,7 @@ from detkit import geometry, imaging
 from detkit.config import Augment, Input
 from detkit.data import augment as changes
 from detkit.data.augment import Labelled
-from detkit.data.voc import DataSet
+from detkit.data.labels import DataSet
 from detkit.geometry import ResizePlan
 from detkit.types import CROWD, DIFFICULT
 

@@ -1,4 +1,4 @@
-"""Pascal-VOC XML and a folder of photos -> a DataSet, with everything that was not taken as written listed.
+"""Pascal-VOC XML and a folder of photos: what each file says, which files belong together, and which are in a split.
 
 The layout is VOC's (JPEGImages, Annotations, ImageSets/Main), or photos beside or near their XML in any folders. An
 annotation belongs to the photo of the same relative path without suffix, else to the only one of the same stem.
@@ -7,13 +7,12 @@ annotation belongs to the photo of the same relative path without suffix, else t
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from math import isfinite, nan
 from pathlib import Path
@@ -24,82 +23,40 @@ from numpy.typing import NDArray
 
 from detkit import imaging
 from detkit.config import Data
+from detkit.data.findings import KINDS, REFUSED, Finding, located
+from detkit.data.labels import LABELLING_TOOL, UNSAID, VOC_DEVKIT, Annotation, Columns, Labels, Remark
 from detkit.errors import UserError, nearest, need
-from detkit.files import atomic_write
-from detkit.formats import number
-from detkit.types import DIFFICULT, OCCLUDED, TRUNCATED, Record
+from detkit.types import DIFFICULT, OCCLUDED, TRUNCATED
 
-PARSER = 1  # raise it when the same files would give another DataSet: it makes old caches stale
 Progress = Callable[[int, int], None]
 
 _FLAGS = {"difficult": DIFFICULT, "truncated": TRUNCATED, "occluded": OCCLUDED}
-_YES = ("1", "true", "True", "yes")
+_YES, _NO = {"1", "true", "True", "yes", "Yes"}, {"0", "", "false", "False", "no", "No", "Unspecified"}
 _CORNERS = {"xmin": 0, "ymin": 1, "xmax": 2, "ymax": 3}
+# What tools write, read here or not: only other tags can be misspelt ones.
+_TAGS = {
+    "annotation": ("folder", "filename", "path", "source", "size", "segmented", "object", "owner", "verified"),
+    "object": ("name", "pose", "bndbox", "part", "parts", "attributes", "comment", "actions", "point", "polygon",
+               "robndbox", "score", "id", "type", *_FLAGS),
+    "bndbox": (*_CORNERS, "angle"),
+    "size": ("width", "height", "depth"),
+}  # fmt: skip
 
 
-class Finding(NamedTuple):
-    """Something not taken as written: its kind, the file (relative to the root), what is wrong, what was done."""
-
-    kind: str
-    file: str
-    what: str
-    action: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Annotation:
-    """One XML file as it is written.
-
-    filename: as in the XML, '' where missing. hw: height and width as in the XML, None where missing or zero.
-    names: the class name of each object. boxes: float64 [G, 4] x1 y1 x2 y2, 0-based edges. flags: uint8 [G], a sum of
-    DIFFICULT, TRUNCATED, OCCLUDED.
-    """
-
-    filename: str
-    hw: tuple[int, int] | None
-    names: tuple[str, ...]
-    boxes: NDArray[np.float64]
-    flags: NDArray[np.uint8]
+# What the annotations of each format end in.
+_SUFFIXES = {
+    "voc": (".xml",),
+    "cvat": (".xml",),
+    "coco": (".json",),
+    "labelme": (".json",),
+    "yolo": (".txt", ".yaml", ".yml"),
+    "openimages": (".csv",),
+    "csv": (".csv",),
+}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class DataSet:
-    """The photos of one split: flat columns that processes share; a Record is made when asked for.
-
-    paths: uint8, the photos' paths relative to `root`, UTF-8, joined; path_ends: int64 [N]. hw: int32 [N, 2].
-    boxes: float64 [M, 4]. labels: int32 [M]. flags: uint8 [M]. box_ends: int64 [N].
-    """
-
-    root: str
-    classes: tuple[str, ...]
-    paths: NDArray[np.uint8]
-    path_ends: NDArray[np.int64]
-    hw: NDArray[np.int32]
-    boxes: NDArray[np.float64]
-    labels: NDArray[np.int32]
-    flags: NDArray[np.uint8]
-    box_ends: NDArray[np.int64]
-    findings: tuple[Finding, ...]
-
-    def __len__(self) -> int:
-        return len(self.path_ends)
-
-    def __getitem__(self, index: int) -> Record:
-        """The photo's Record, with its full path. Raises IndexError."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        first = int(self.box_ends[index - 1]) if index else 0
-        chosen = slice(first, int(self.box_ends[index]))
-        height, width = self.hw[index].tolist()
-        path = os.path.join(self.root, self.name(index))  # noqa: PTH118 (a Path costs more than the rest)
-        return Record(
-            path, (height, width), self.boxes[chosen], self.labels[chosen].astype(np.int64), self.flags[chosen]
-        )
-
-    def name(self, index: int) -> str:
-        """The photo's path relative to the root, with forward slashes."""
-        first = int(self.path_ends[index - 1]) if index else 0
-        return os.fsdecode(self.paths[first : int(self.path_ends[index])].tobytes())
+class BadFileError(Exception):
+    """An annotation that can't be read. Its arguments: the line (0: the file as a whole), and the reason."""
 
 
 class File(NamedTuple):
@@ -108,6 +65,7 @@ class File(NamedTuple):
     name: str
     size: int
     mtime_ns: int
+    ctime_ns: int
     inode: int
 
 
@@ -116,15 +74,15 @@ class Listing:
     """The files of a data set, sorted by name: images, annotations, and the text files of splits and classes."""
 
     images: tuple[File, ...]
-    xmls: tuple[File, ...]
+    annotations: tuple[File, ...]
     texts: tuple[File, ...]
 
 
 class Item(NamedTuple):
-    """A photo and its annotation, relative to the root; '' where one is missing."""
+    """A photo's file and its annotation's, relative to the root; '' where one is missing."""
 
     image: str
-    xml: str
+    file: str
 
 
 # --- one XML file ---------------------------------------------------------------------------------------------------
@@ -147,63 +105,82 @@ def _parser() -> Any:
     )
 
 
-def _tree(path: str) -> Any:
-    """The root element. Raises UserError where the file is no XML, no VOC annotation, or declares entities."""
+def tree(content: bytes) -> Any:
+    """The root element (lxml) of an XML file. Raises BadFileError where it is no XML or has a DOCTYPE."""
     etree = _etree()
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 (Path.open doubles the time of a small file)
-            root = etree.XML(file.read(), _parser())
+        root = etree.XML(content, _parser())
     except etree.XMLSyntaxError as error:
         reason = " ".join(re.sub(r", line \d+, column \d+$", "", error.msg or "empty file").split())
-        raise UserError(f"{path}: not XML (line {error.lineno or 1}: {reason})") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read ({error})") from None
+        raise BadFileError(error.lineno or 1, f"not XML ({reason})") from None
+    except ValueError as error:
+        raise BadFileError(0, f"not XML ({error})") from None
     if root.getroottree().docinfo.internalDTD is not None:
-        raise UserError(f"{path}: a DOCTYPE is not allowed in an annotation: it could declare entities; remove it")
-    if root.tag != "annotation":
-        raise UserError(f"{path}: not a VOC annotation: its root is <{root.tag}>, not <annotation>")
+        raise BadFileError(0, "a DOCTYPE is not allowed in an annotation: it could declare entities; remove it")
     return root
 
 
-class _Columns:
-    """Objects of many annotations, in flat lists."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.boxes = array("d")
-        self.flags = array("B")
-
-    def add(self, element: Any, path: str) -> None:
-        """Take an <object>. Raises UserError where its name or box is missing or no number."""
-        name, flag, box = "", 0, None
-        for child in element:
-            tag = child.tag
-            if tag == "name":
-                name = (child.text or "").strip()
-            elif tag == "bndbox":
-                box = _corners(child, path)
-            elif tag in _FLAGS and (child.text or "").strip() in _YES:
-                flag |= _FLAGS[tag]
-        if not name or box is None:
-            missing = "<name>" if box is not None else "<bndbox>"
-            raise UserError(f"{path}: the object in line {element.sourceline} has no {missing}")
-        self.names.append(name)
-        self.boxes.extend(box)
-        self.flags.append(flag)
+def _flag(tag: str, text: str, line: int, columns: Columns) -> int:
+    if text in _YES:
+        return _FLAGS[tag]
+    if text not in _NO:
+        columns.remark("odd value", line, f"<{tag}> is '{text[:40]}', neither 0 nor 1")
+    return 0
 
 
-def _corners(bndbox: Any, path: str) -> list[float]:
+def _unknown(parent: str, element: Any, columns: Columns) -> None:
+    """Note a tag that is not read though it looks like one that is."""
+    known = _nearest_tag(parent, element.tag)
+    if known:
+        columns.remark("misspelt tag", element.sourceline, f"<{element.tag}> in <{parent}> looks like <{known}>")
+
+
+@cache
+def _nearest_tag(parent: str, tag: str) -> str:
+    known = _TAGS[parent]
+    if tag in known:
+        return ""
+    close = get_close_matches(tag.lower(), known, 1, 0.75)
+    return close[0] if close else ""
+
+
+def _object(element: Any, columns: Columns) -> None:
+    """Take an <object>; one whose name or box can't be read is left out and noted."""
+    name, flags, box = "", 0, None
+    for child in element:
+        tag = child.tag
+        if tag == "name":
+            name = (child.text or "").strip()
+        elif tag == "bndbox":
+            box = _corners(child, columns)
+        elif tag in _FLAGS:
+            flags |= _flag(tag, (child.text or "").strip(), child.sourceline, columns)
+        elif tag != "pose":
+            _unknown("object", child, columns)
+    if name and box:
+        columns.add(name, box, flags, element.sourceline)
+    elif box is None or not name:
+        missing = "<name>" if box is not None else "<bndbox>"
+        columns.remark("object unreadable", element.sourceline, f"the object has no {missing}")
+
+
+def _corners(bndbox: Any, columns: Columns) -> list[float]:
+    """xmin, ymin, xmax, ymax as written; empty, and noted, where one is no number."""
     corners = [nan] * 4
     try:
         for child in bndbox:
             place = _CORNERS.get(child.tag)
             if place is not None:
                 corners[place] = float(child.text)
+            else:
+                _unknown("bndbox", child, columns)
         if isfinite(sum(corners)):  # no corner is missing (NaN) or infinite
             return corners
     except (TypeError, ValueError):
         pass
-    raise UserError(f"{path}: the <bndbox> in line {bndbox.sourceline} lacks a number for xmin, ymin, xmax or ymax")
+    what = "the <bndbox> lacks a number for xmin, ymin, xmax or ymax"
+    columns.remark("object unreadable", bndbox.sourceline, what)
+    return []
 
 
 def _size(element: Any) -> tuple[int, int] | None:
@@ -212,27 +189,80 @@ def _size(element: Any) -> tuple[int, int] | None:
         height, width = int(float(sides["height"])), int(float(sides["width"]))
     except (KeyError, ValueError, OverflowError):
         return None
-    return (height, width) if height > 0 and width > 0 else None
+    return (height, width) if 0 < height < 2**31 and 0 < width < 2**31 else None
 
 
-def _walk(path: str, columns: _Columns) -> tuple[str, tuple[int, int] | None]:
-    """Add the file's objects to `columns`; the filename and the size it states."""
-    filename, stated = "", None
-    for child in _tree(path):
-        if child.tag == "object":
-            columns.add(child, path)
-        elif child.tag == "size":
+def _origin(source: Any) -> int:
+    """Which tool the <source> speaks of: VOC's own annotations are 1-based, LabelImg writes 'Unknown'."""
+    said = (source.findtext("database") or "").strip()
+    return VOC_DEVKIT if said.startswith("The VOC") else LABELLING_TOOL if said == "Unknown" else UNSAID
+
+
+def _walk(content: bytes, columns: Columns) -> str:
+    """Add the file's photo to `columns`; the filename it states. Raises BadFileError, having added objects perhaps."""
+    root = tree(content)
+    if root.tag != "annotation":
+        raise BadFileError(0, f"not a VOC annotation: its root is <{root.tag}>, not <annotation>")
+    filename, stated, origin = "", None, UNSAID
+    for child in root:
+        tag = child.tag
+        if tag == "object":
+            _object(child, columns)
+        elif tag == "size":
             stated = _size(child)
-        elif child.tag == "filename":
+        elif tag == "filename":
             filename = (child.text or "").strip()
-    return filename, stated
+        elif tag == "source":
+            origin = _origin(child)
+        elif tag != "folder" and tag != "path" and tag != "segmented":
+            _unknown("annotation", child, columns)
+    columns.end(stated, origin)
+    return filename
 
 
-def _edges(columns: _Columns, convention: str) -> NDArray[np.float64]:
-    boxes = np.array(columns.boxes, np.float64).reshape(-1, 4)
-    if convention == "devkit":
-        boxes[:, :2] -= 1
-    return boxes
+def _content(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 (Path.open doubles the time of a small file)
+            return file.read()
+    except OSError as error:
+        raise BadFileError(0, f"can't be read ({error.strerror or error})") from None
+
+
+def digest(content: bytes) -> bytes:
+    """16 bytes that stand for a file's content."""
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def parse(root: Path, names: Sequence[str], progress: Progress | None = None) -> tuple[Labels, list[bytes]]:
+    """The annotations in those files (relative to the root), each with `digest` of its content, b"" where unreadable.
+
+    Corners are as written. Nothing is raised: what can't be read is left out, with a remark of a kind of level 'error'.
+    """
+    columns, digests = Columns(), []
+    prefix = str(root) + os.sep
+    for done, name in enumerate(names, 1):
+        content = b""
+        try:
+            content = _content(prefix + name)
+            filename = _walk(content, columns)
+            stem = name[name.rfind("/") + 1 : name.rfind(".")]
+            if filename and not _same_stem(filename, stem):
+                columns.remarks.append(Remark(done - 1, "filename differs", 0, f"<filename> is '{filename[:80]}'"))
+        except BadFileError as error:
+            columns.drop()
+            columns.remark("annotation unreadable", *error.args)
+            columns.end()
+        digests.append(digest(content) if content else b"")
+        if progress:
+            progress(done, len(names))
+    return columns.labels(), digests
+
+
+def _same_stem(filename: str, stem: str) -> bool:
+    if filename.startswith(stem) and filename.find(".", len(stem)) == len(stem):
+        return True  # nearly always
+    name = filename.replace("\\", "/").rpartition("/")[2]
+    return name == stem or name.rpartition(".")[0] == stem
 
 
 def read(path: str | Path, convention: str = "edges") -> Annotation:
@@ -241,13 +271,31 @@ def read(path: str | Path, convention: str = "edges") -> Annotation:
     convention: 'edges' takes the corners as written; 'devkit' reads them as 1-based inclusive pixels. Raises UserError
     naming the file (and line) where it is no XML, has a DOCTYPE, or an object lacks its name or box.
     """
-    columns = _Columns()
-    filename, stated = _walk(str(path), columns)
-    boxes, flags = _edges(columns, convention), np.array(columns.flags, np.uint8)
-    return Annotation(filename, stated, tuple(columns.names), boxes, flags)
+    columns = Columns()
+    try:
+        filename = _walk(_content(str(path)), columns)
+        for remark in columns.remarks:
+            if KINDS[remark.kind].level == "error":
+                raise BadFileError(remark.line, remark.what)
+    except BadFileError as error:
+        raise UserError(f"{path}: {located(*error.args)}") from None
+    found = columns.labels()
+    height, width = found.hw[0].tolist()
+    names = tuple(found.vocabulary[index] for index in found.names)
+    boxes = edges(found.boxes, convention)
+    return Annotation(filename, (height, width) if height else None, names, boxes, found.flags, found.lines)
+
+
+def edges(boxes: NDArray[np.float64], convention: str) -> NDArray[np.float64]:
+    """VOC corners as written -> 0-based edges: 1-based inclusive pixels ('devkit') lose one at the low side."""
+    return boxes - [1, 1, 0, 0] if convention == "devkit" else boxes
 
 
 # --- which files there are ------------------------------------------------------------------------------------------
+
+
+def _file(name: str, stat: os.stat_result) -> File:
+    return File(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
 def _files(folder: Path, root: Path, seen: set[tuple[int, int]]) -> Iterator[File]:
@@ -265,8 +313,7 @@ def _files(folder: Path, root: Path, seen: set[tuple[int, int]]) -> Iterator[Fil
             if entry.is_dir():
                 yield from _files(Path(entry.path), root, seen)
             elif entry.is_file():
-                stat = entry.stat()
-                yield File(prefix + entry.name, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+                yield _file(prefix + entry.name, entry.stat())
 
 
 def listing(data: Data) -> Listing:
@@ -274,37 +321,36 @@ def listing(data: Data) -> Listing:
     root = data.root
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; set data.root to the folder of your data set")
-    photos, notes = ((root / name) if (root / name).is_dir() else root for name in ("JPEGImages", "Annotations"))
+    folders = ["JPEGImages", "Annotations"] if data.format == "voc" else [".", "."]
+    photos, labels = ((root / name) if (root / name).is_dir() else root for name in folders)
     below: dict[Path, list[File]] = {}
     try:
-        for folder in {photos, notes, root / "ImageSets"}:
+        for folder in {photos, labels, root / "ImageSets"}:
             below[folder] = sorted(_files(folder, root, set())) if folder.is_dir() else []
     except OSError as error:
         raise UserError(f"{error.filename or root}: can't be read ({error.strerror})") from None
     images = tuple(file for file in below[photos] if file.name.lower().endswith(imaging.IMAGE_SUFFIXES))
-    xmls = tuple(file for file in below[notes] if file.name.lower().endswith(".xml"))
+    notes = tuple(file for file in below[labels] if file.name.lower().endswith(_SUFFIXES[data.format]))
     if not images:
         raise UserError(f"{photos}: no images here ({' '.join(imaging.IMAGE_SUFFIXES)})")
     texts = [file for file in below[root / "ImageSets"] if file.name.endswith(".txt")]
     extra = [*root.glob("*.txt"), *([_classes_path(data)] if isinstance(data.classes, Path) else [])]
-    for path in sorted(extra):
-        stat = path.stat()
-        texts.append(File(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino))
-    return Listing(images, xmls, tuple(texts))
+    texts += [_file(str(path), path.stat()) for path in sorted(extra)]
+    return Listing(images, notes, tuple(texts))
 
 
-def _key(name: str) -> str:
+def key(name: str) -> str:
     """The path without its suffix and, in VOC's layout, without the two folders that keep photos and XML apart."""
     stem = name[: name.rindex(".")]
     return stem.removeprefix("JPEGImages/").removeprefix("Annotations/")
 
 
-def _keyed(root: Path, files: Sequence[File]) -> dict[str, str]:
+def _keyed(files: Sequence[File], findings: list[Finding]) -> dict[str, str]:
     found: dict[str, str] = {}
     for file in files:
-        other = found.setdefault(_key(file.name), file.name)
+        other = found.setdefault(key(file.name), file.name)
         if other != file.name:
-            raise UserError(f"{root / file.name}: {other} has the same name; one annotation can't belong to both")
+            findings.append(Finding("same name twice", file.name, f"{other} has the same name", REFUSED))
     return found
 
 
@@ -315,19 +361,19 @@ def _stems(keys: Iterable[str]) -> dict[str, str]:
     return {stem: key for key in keys if count[stem := key.rpartition("/")[2]] == 1}
 
 
-def pair(root: Path, files: Listing) -> dict[str, Item]:
+def pair(files: Listing, findings: list[Finding]) -> dict[str, Item]:
     """Photos and annotations that belong together, by key (path without suffix), sorted.
 
-    Raises UserError where two images, or two annotations, have the same name.
+    Of two images, or two annotations, of the same name the first is taken and the other added to `findings`.
     """
-    images, xmls = _keyed(root, files.images), _keyed(root, files.xmls)
-    items = {key: Item(name, xmls.pop(key, "")) for key, name in images.items()}
-    if xmls:
-        lone = _stems(key for key, item in items.items() if not item.xml)
-        for stem, key in _stems(xmls).items():
+    images, notes = _keyed(files.images, findings), _keyed(files.annotations, findings)
+    items = {name: Item(image, notes.pop(name, "")) for name, image in images.items()}
+    if notes:
+        lone = _stems(name for name, item in items.items() if not item.file)
+        for stem, name in _stems(notes).items():
             if stem in lone:
-                items[lone[stem]] = Item(items[lone[stem]].image, xmls.pop(key))
-    items |= {key: Item("", name) for key, name in xmls.items()}
+                items[lone[stem]] = Item(items[lone[stem]].image, notes.pop(name))
+    items |= {name: Item("", note) for name, note in notes.items()}
     return dict(sorted(items.items()))
 
 
@@ -362,23 +408,25 @@ def _hash_split(key: str, val_share: float) -> str:
     return "val" if draw < val_share else "train"
 
 
-def _listed(path: Path, items: dict[str, Item], findings: list[Finding], name: str) -> dict[str, Item]:
-    """The items that a split file lists, in its order."""
+def _listed(path: Path, items: dict[str, Item], findings: list[Finding], name: str) -> list[str]:
+    """The keys that a split file lists, in its order."""
     stems = _stems(items)
-    chosen: dict[str, Item] = {}
-    for number_, line in enumerate(_lines(path), 1):
+    chosen: dict[str, None] = {}
+    for number, line in enumerate(_lines(path), 1):
         if not line:
             continue
-        key = _find(line, items, stems)
-        if key is None:
+        found = _find(line, items, stems)
+        if found is None:
             hint = nearest(line, items) if len(items) < 20_000 else ""  # it compares with every one
-            raise UserError(f"{path}: line {number_}: no photo or annotation is named '{line[:80]}'{hint}")
-        if key in chosen:
-            findings.append(Finding("listed twice", name, f"line {number_}: {line}", "used once"))
-        chosen[key] = items[key]
-    if not chosen:
+            what = f"no photo or annotation is named '{line[:80]}'{hint}"
+            findings.append(Finding("listed but missing", name, what, REFUSED, number))
+        elif found in chosen:
+            findings.append(Finding("listed twice", name, line, "used once", number))
+        else:
+            chosen[found] = None
+    if not chosen and not any(finding.kind == "listed but missing" and finding.file == name for finding in findings):
         raise UserError(f"{path}: lists no photo")
-    return chosen
+    return list(chosen)
 
 
 def _find(line: str, items: dict[str, Item], stems: dict[str, str]) -> str | None:
@@ -394,18 +442,28 @@ def _find(line: str, items: dict[str, Item], stems: dict[str, str]) -> str | Non
     return None
 
 
-def _choose(data: Data, split: str, items: dict[str, Item], findings: list[Finding]) -> dict[str, Item]:
-    """The items of the split: as its file lists them, else by hash."""
+def splits(data: Data) -> tuple[str, ...]:
+    """The names of the data set's splits: its split files', else those of the hash split."""
+    return tuple(_split_files(data.root)) or ("train", "val")
+
+
+def choose(data: Data, split: str, items: dict[str, Item], findings: list[Finding]) -> list[str]:
+    """The keys of the split: as its file lists them, else by hash; 'all', where no file has that name, means every one.
+
+    A line that names no photo goes to `findings`. Raises UserError where there is no such split, or it is empty.
+    """
     files = _split_files(data.root)
     if split in files:
         path = files[split]
         return _listed(path, items, findings, path.relative_to(data.root).as_posix())
+    if split == "all":
+        return list(items)
     if files:
         folder = next(iter(files.values())).parent
         raise UserError(f"{folder}: no split '{split}'{nearest(split, files)}; there are: {', '.join(sorted(files))}")
     if split not in ("train", "val"):
-        raise UserError(f"{data.root}: no split '{split}': without split files there are 'train' and 'val'")
-    chosen = {key: item for key, item in items.items() if _hash_split(key, data.val_share) == split}
+        raise UserError(f"{data.root}: no split '{split}': without split files there are 'train', 'val' and 'all'")
+    chosen = [name for name in items if _hash_split(name, data.val_share) == split]
     if not chosen:
         raise UserError(f"{data.root}: none of its {len(items)} photos falls into '{split}'; change data.val_share")
     return chosen
@@ -435,154 +493,3 @@ def known_classes(data: Data) -> tuple[str, ...] | None:
     if twice:
         raise UserError(f"{source}: lists the class '{twice[0]}' twice")
     return tuple(names)
-
-
-def _found_classes(data: Data, items: Iterable[Item]) -> tuple[str, ...]:
-    """Every class name in the XML of the whole data set, sorted."""
-    columns = _Columns()
-    for item in items:
-        if item.xml:
-            _walk(str(data.root / item.xml), columns)
-    if not columns.names:
-        raise UserError(f"{data.root}: no object in any of its annotations")
-    return tuple(sorted(set(columns.names)))
-
-
-# --- the scan -------------------------------------------------------------------------------------------------------
-
-
-def _complete(data: Data, items: dict[str, Item], findings: list[Finding]) -> list[Item]:
-    """The items to use: each has its image; those without XML as data.unlabelled says."""
-    for item in items.values():
-        if not item.image:
-            raise UserError(f"{data.root / item.xml}: there is no image of this name")
-    bare = [item for item in items.values() if not item.xml]
-    if bare and data.unlabelled == "error":
-        more = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
-        raise UserError(
-            f"{data.root / bare[0].image}: no XML for this image{more}; "
-            "set data.unlabelled to 'skip' (leave them out) or 'negative' (they show no object)"
-        )
-    action = {"skip": "left out", "negative": "used as a photo without objects"}.get(data.unlabelled, "")
-    findings += [Finding("image without XML", item.image, "it has no annotation", action) for item in bare]
-    return [item for item in items.values() if item.xml or data.unlabelled == "negative"]
-
-
-def _size_finding(item: Item, stated: tuple[int, int] | None, hw: tuple[int, int]) -> Finding | None:
-    if stated == hw:
-        return None
-    if stated is None:
-        return Finding("size missing", item.xml, "the XML states no size", f"the image's {hw[1]}x{hw[0]} is used")
-    what = f"the XML says {stated[1]}x{stated[0]}, the image is {hw[1]}x{hw[0]}"
-    if stated == hw[::-1]:
-        what += " (turned by its EXIF tag?)"
-    return Finding("size disagrees", item.xml, what, "the image's size is used, boxes are taken as written")
-
-
-def _text(box: NDArray[np.float64]) -> str:
-    return " ".join(number(value) for value in box.tolist())
-
-
-class _Scan:
-    """The columns of the split being read."""
-
-    def __init__(self, data: Data, classes: tuple[str, ...], findings: list[Finding]) -> None:
-        self.data, self.classes, self.findings = data, classes, findings
-        self.ids = {name: index for index, name in enumerate(classes)}
-        self.columns = _Columns()
-        self.labels = array("i")
-        self.counts = array("q")
-        self.hw = array("i")
-
-    def add(self, item: Item) -> None:
-        """Read one photo's header and its XML."""
-        before = len(self.columns.names)
-        hw = imaging.check(self.data.root / item.image)
-        if item.xml:
-            path = str(self.data.root / item.xml)
-            finding = _size_finding(item, _walk(path, self.columns)[1], hw)
-            if finding:
-                self.findings.append(finding)
-            for name in self.columns.names[before:]:
-                if name not in self.ids:
-                    raise UserError(f"{path}: class '{name}' is not in the list{nearest(name, self.classes)}")
-                self.labels.append(self.ids[name])
-        self.counts.append(len(self.columns.names) - before)
-        self.hw.extend(hw)
-
-    def finish(self, items: Sequence[Item]) -> DataSet:
-        """Clip and drop what must be, all boxes at once."""
-        boxes = _edges(self.columns, self.data.convention)
-        hw = np.array(self.hw, np.int32).reshape(-1, 2)
-        photo = np.repeat(np.arange(len(items)), np.array(self.counts, np.int64))
-        limits = np.tile(hw[photo][:, ::-1], 2)
-        clipped = np.clip(boxes, 0, limits)
-        empty = np.any(boxes[:, 2:] <= boxes[:, :2], axis=1)
-        outside = np.any(clipped[:, 2:] <= clipped[:, :2], axis=1) & ~empty
-        changed = np.any(clipped != boxes, axis=1)
-        for index in np.flatnonzero(empty | outside | changed):
-            item, name, box = items[photo[index]], self.columns.names[index], _text(boxes[index])
-            width, height = limits[index, :2]
-            if empty[index]:
-                kind, action = "box without area", "dropped"
-            elif outside[index]:
-                kind, action = "box outside the image", "dropped"
-            else:
-                kind, action = "box partly outside", f"clipped to {_text(clipped[index])}"
-            what = f"{name} {box} in an image of {width}x{height}"
-            self.findings.append(Finding(kind, item.xml, what, action))
-        keep = ~(empty | outside)
-        paths = [os.fsencode(item.image) for item in items]
-        return DataSet(
-            root=str(self.data.root),
-            classes=self.classes,
-            paths=np.frombuffer(b"".join(paths), np.uint8),
-            path_ends=np.cumsum([len(path) for path in paths], dtype=np.int64),
-            hw=hw,
-            boxes=np.ascontiguousarray(clipped[keep]),
-            labels=np.array(self.labels, np.int32)[keep],
-            flags=np.array(self.columns.flags, np.uint8)[keep],
-            box_ends=np.cumsum(np.bincount(photo[keep], minlength=len(items)), dtype=np.int64),
-            findings=tuple(self.findings),
-        )
-
-
-def scan(data: Data, split: str, files: Listing | None = None, progress: Progress | None = None) -> DataSet:
-    """Read and check a split: every XML, and every image's header and end.
-
-    files: the result of `listing`, if at hand. progress: called with (photos done, photos in all).
-    Raises UserError, naming the file, for a missing or empty folder or split, an XML without image or that is no VOC
-    XML, an image that is cut off or (see data.unlabelled) has no XML, and a class that is not in the list. Boxes
-    outside the image are clipped, those without area dropped; each such change is in the result's `findings`.
-    """
-    items = pair(data.root, files or listing(data))
-    findings: list[Finding] = []
-    chosen = _complete(data, _choose(data, split, items, findings), findings)
-    classes = known_classes(data) or _found_classes(data, items.values())
-    reader = _Scan(data, classes, findings)
-    for done, item in enumerate(chosen, 1):
-        reader.add(item)
-        if progress:
-            progress(done, len(chosen))
-    if not reader.columns.names:
-        raise UserError(f"{data.root}: no object in any of the {len(chosen)} annotations of split '{split}'")
-    return reader.finish(chosen)
-
-
-def summary(findings: Sequence[Finding]) -> list[str]:
-    """One line a kind of finding: how many, what is done, and the first of them."""
-    groups: dict[str, list[Finding]] = {}
-    for finding in findings:
-        groups.setdefault(finding.kind, []).append(finding)
-    lines = []
-    for kind, group in groups.items():
-        first = group[0]
-        more = "" if len(group) == 1 else f" and {len(group) - 1} more"
-        lines.append(f"{kind}: {first.file}{more} ({first.what}; {first.action})")
-    return lines
-
-
-def write_findings(path: Path, findings: Sequence[Finding]) -> None:
-    """Write every finding as a JSON line: kind, file, what, action."""
-    text = "".join(json.dumps(finding._asdict(), ensure_ascii=False) + "\n" for finding in findings)
-    atomic_write(path, text.encode("utf-8", "surrogateescape"))
