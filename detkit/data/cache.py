@@ -28,7 +28,7 @@ from detkit.config import Data
 from detkit.data import scan, voc
 from detkit.data.findings import Finding
 from detkit.data.labels import Columns, DataSet, Labels, Remark
-from detkit.data.voc import File, Progress
+from detkit.data.voc import Files, Progress
 from detkit.errors import UserError
 from detkit.files import atomic_write
 
@@ -73,20 +73,13 @@ class _Unpickler(pickle.Unpickler):
         raise _RefusedError(f"the persistent object {pid!r:.40}")
 
 
-class _Stats(NamedTuple):
-    """Files as they were when they were read: names, and int64 [N, 4] size, mtime_ns, ctime_ns, inode."""
-
-    names: Sequence[str]
-    stats: NDArray[np.int64]
-
-
 class _Facts(NamedTuple):
     """What the files of a data set said. digests: uint8 [N, 16], of the annotations' content."""
 
-    annotations: _Stats
+    annotations: Files
     digests: NDArray[np.uint8]
     labels: Labels
-    images: _Stats
+    images: Files
     headers: scan.Headers
 
 
@@ -133,16 +126,10 @@ def _settings(data: Data) -> tuple[Any, ...]:
 def key(data: Data, split: str, files: voc.Listing) -> str:
     """The digest of all that the split's DataSet depends on, of files: their names and stats."""
     text = hashlib.sha256(repr((scan.VERSION, _settings(data), split)).encode("utf-8", "surrogateescape"))
-    for group in (files.images, files.annotations, files.texts):
-        known = _stats(group)
-        text.update("\n".join([str(len(group)), *known.names]).encode("utf-8", "surrogateescape"))
-        text.update(known.stats.tobytes())
+    for group in files:
+        text.update("\n".join([str(len(group.names)), *group.names]).encode("utf-8", "surrogateescape"))
+        text.update(group.stats.tobytes())
     return text.hexdigest()
-
-
-def _stats(files: Sequence[File]) -> _Stats:
-    stats = np.array([file[1:] for file in files], np.uint64).astype(np.int64).reshape(-1, 4)
-    return _Stats([file.name for file in files], stats)
 
 
 def load(data: Data, split: str, progress: Progress | None = None) -> DataSet:
@@ -163,8 +150,7 @@ def _settled(data: Data) -> voc.Listing:
     """The files, none of them changed in this very tick of the clock that stamps them: its next change gets another."""
     while True:
         files = voc.listing(data)
-        groups = (files.images, files.annotations, files.texts)
-        newest = max((max(file.mtime_ns, file.ctime_ns) for group in groups for file in group), default=0)
+        newest = max(int(group.stats[:, 1:3].max(initial=0)) for group in files)
         if not 0 <= time.time_ns() - newest < _TICK:
             return files
         time.sleep(_TICK / 1e9)
@@ -208,25 +194,24 @@ class _Reader:
         self.unseen: list[str] = []
         self.known = next((facts for path in facts_paths(data) if (facts := _read_facts(path))), _NOTHING)
         self.annotations, self.digests, self.labels = _NOTHING[:3]
-        self.images, self.headers = _stats(files.images), _NOTHING.headers
-        self.place = {name: index for index, name in enumerate(self.images.names)}
-        self.checked: list[str] = []
+        self.listing, self.images, self.headers = files, _NOTHING.images, _NOTHING.headers
+        self.place = {name: index for index, name in enumerate(files.images.names)}
 
-    def parse(self, data: Data, files: Sequence[File], progress: Progress | None = None) -> Labels:
+    def parse(self, data: Data, names: Sequence[str], progress: Progress | None = None) -> Labels:
         """As `scan.parse`."""
-        known, self.annotations = self.known, _stats(files)
+        known, self.annotations = self.known, self.listing.annotations
         rows, same = _matched(known.annotations, self.annotations)
         for index in np.flatnonzero((rows >= 0) & (~same | self.verify)).tolist():
-            name = files[index].name
+            name = names[index]
             if _digest(data.root / name) != known.digests[rows[index]].tobytes():
                 if same[index]:
                     self.unseen.append(name)
                 rows[index] = -1
         kept, fresh = np.flatnonzero(rows >= 0), np.flatnonzero(rows < 0)
-        parsed, digests = voc.parse(data.root, [files[index].name for index in fresh.tolist()], progress)
+        parsed, digests = voc.parse(data.root, [names[index] for index in fresh.tolist()], progress)
         read = np.frombuffer(b"".join(digest or bytes(16) for digest in digests), np.uint8).reshape(-1, 16)
-        place = np.empty(len(files), np.int64)
-        place[np.concatenate([kept, fresh])] = np.arange(len(files))
+        place = np.empty(len(names), np.int64)
+        place[np.concatenate([kept, fresh])] = np.arange(len(names))
         self.digests = np.concatenate([known.digests[rows[kept]], read])[place]
         self.labels = known.labels.take(rows[kept]).joined(parsed).take(place)
         return self.labels
@@ -238,14 +223,14 @@ class _Reader:
         listed = [(index, self.place[name]) for index, name in enumerate(names) if name in self.place]
         if listed:
             here, there = np.array(listed).T
-            stats[here] = self.images.stats[there]
-        rows, same = _matched(known.images, _Stats(names, stats))
+            stats[here] = self.listing.images.stats[there]
+        rows, same = _matched(known.images, Files(names, stats))
         fresh = np.flatnonzero(~same)
         read = scan.check(data, [names[index] for index in fresh.tolist()], progress)
         hw, orientation = np.zeros((len(names), 2), np.int32), np.ones(len(names), np.uint8)
         hw[fresh], orientation[fresh] = read.hw, read.orientation
         hw[same], orientation[same] = known.headers.hw[rows[same]], known.headers.orientation[rows[same]]
-        self.images = _Stats(names, stats)
+        self.images = Files(names, stats)
         self.headers = scan.Headers(hw, orientation, {int(fresh[i]): why for i, why in read.errors.items()})
         return self.headers
 
@@ -255,7 +240,7 @@ class _Reader:
         names = [self.images.names[index] for index in sound.tolist()]
         now = set(names)
         others = [index for index, name in enumerate(self.known.images.names) if name in self.place and name not in now]
-        images = _Stats(
+        images = Files(
             [*names, *(self.known.images.names[index] for index in others)],
             np.concatenate([self.images.stats[sound], self.known.images.stats[others]]),
         )
@@ -267,7 +252,7 @@ class _Reader:
         return _Facts(self.annotations, self.digests, self.labels, images, headers)
 
 
-def _matched(known: _Stats, now: _Stats) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _matched(known: Files, now: Files) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """int64 [N]: where each of the files is in `known`, -1 where it is not; bool [N]: and is the same by its stat."""
     places = {name: index for index, name in enumerate(known.names)}
     rows = np.array([places.get(name, -1) for name in now.names], np.int64)
@@ -330,23 +315,23 @@ def _whole(found: DataSet) -> bool:
     )
 
 
-def _pack_stats(files: _Stats) -> tuple[bytes, bytes]:
+def _pack_files(files: Files) -> tuple[bytes, bytes]:
     return "\0".join(files.names).encode("utf-8", "surrogateescape"), files.stats.tobytes()
 
 
-def _unpack_stats(content: tuple[bytes, bytes]) -> _Stats:
+def _unpack_files(content: tuple[bytes, bytes]) -> Files:
     stats = np.frombuffer(content[1], np.int64).reshape(-1, 4)
-    return _Stats(content[0].decode("utf-8", "surrogateescape").split("\0") if len(stats) else [], stats)
+    return Files(content[0].decode("utf-8", "surrogateescape").split("\0") if len(stats) else [], stats)
 
 
 def _pack_facts(facts: _Facts) -> dict[str, Any]:
     return {
         "version": scan.VERSION,
-        "annotations": _pack_stats(facts.annotations),
+        "annotations": _pack_files(facts.annotations),
         "digests": facts.digests.tobytes(),
         "vocabulary": facts.labels.vocabulary,
         "remarks": [tuple(remark) for remark in facts.labels.remarks],
-        "images": _pack_stats(facts.images),
+        "images": _pack_files(facts.images),
         "image_hw": facts.headers.hw.tobytes(),
         "orientation": facts.headers.orientation.tobytes(),
     } | _packed(facts.labels, _LABELS)
@@ -366,7 +351,7 @@ def _read_facts(path: Path) -> _Facts | None:
         )
         digests = np.frombuffer(content["digests"], np.uint8).reshape(-1, 16)
         facts = _Facts(
-            _unpack_stats(content["annotations"]), digests, labels, _unpack_stats(content["images"]), headers
+            _unpack_files(content["annotations"]), digests, labels, _unpack_files(content["images"]), headers
         )
     except _UNREADABLE:
         return None
@@ -397,7 +382,7 @@ def _write(places: Sequence[Path], content: dict[str, Any]) -> None:
 
 
 def _none() -> _Facts:
-    nothing = _Stats([], np.zeros((0, 4), np.int64))
+    nothing = Files([], np.zeros((0, 4), np.int64))
     headers = scan.Headers(np.zeros((0, 2), np.int32), np.zeros(0, np.uint8), {})
     return _Facts(nothing, np.zeros((0, 16), np.uint8), Columns().labels(), nothing, headers)
 

@@ -15,7 +15,7 @@ from detkit.config import Data
 from detkit.data import voc
 from detkit.data.findings import REFUSED, Finding, level, refusal
 from detkit.data.labels import LABELLING_TOOL, VOC_DEVKIT, DataSet, Labels, from_annotations
-from detkit.data.voc import File, Item, Listing, Progress
+from detkit.data.voc import Item, Listing, Progress
 from detkit.errors import UserError, nearest
 from detkit.formats import number
 
@@ -62,25 +62,30 @@ class Headers:
 class Survey(NamedTuple):
     """A whole data set, split or not, sound or not: `headers` and `labels` have a row an item (no image: hw 0).
 
-    labels: boxes in 0-based edges, otherwise as written. splits: the places in `items` of each split. findings: all
-    that training would refuse, change or remark on, were every split used.
+    labels: boxes in 0-based edges, otherwise as written; convention: how they were read, 'edges' or 'devkit'. boxes:
+    float64 [M, 4], turned, scaled and clipped as for training; kept: bool [M], those it would not drop. splits: the
+    places in `items` of each split. findings: all that training would refuse, change or remark on, were every split
+    used.
     """
 
     items: tuple[Item, ...]
     labels: Labels
+    convention: str
+    boxes: NDArray[np.float64]
+    kept: NDArray[np.bool_]
     headers: Headers
     splits: dict[str, NDArray[np.int64]]
     classes: tuple[str, ...]
     findings: tuple[Finding, ...]
 
 
-Parse = Callable[[Data, Sequence[File], Progress | None], Labels]
+Parse = Callable[[Data, Sequence[str], Progress | None], Labels]
 Check = Callable[[Data, Sequence[str], Progress | None], Headers]
 
 
-def parse(data: Data, files: Sequence[File], progress: Progress | None = None) -> Labels:
+def parse(data: Data, names: Sequence[str], progress: Progress | None = None) -> Labels:
     """The VOC annotations in those files."""
-    return voc.parse(data.root, [file.name for file in files], progress)[0]
+    return voc.parse(data.root, names, progress)[0]
 
 
 def check(data: Data, names: Sequence[str], progress: Progress | None = None) -> Headers:
@@ -107,8 +112,8 @@ def contents(data: Data, files: Listing, parse: Parse = parse, progress: Progres
     findings: list[Finding] = []
     if data.format == "voc":
         items = voc.pair(files, findings)
-        labels = parse(data, files.annotations, progress)
-        rows = {file.name: row for row, file in enumerate(files.annotations)}
+        labels = parse(data, files.annotations.names, progress)
+        rows = {name: row for row, name in enumerate(files.annotations.names)}
         chosen = np.array([rows.get(item.file, -1) for item in items.values()], np.int64)
         return Contents(
             tuple(items.values()), tuple(items), labels.take(chosen), chosen >= 0, None, None, tuple(findings)
@@ -158,10 +163,13 @@ def convention(data: Data, labels: Labels) -> tuple[str, str]:
     below = int(np.any(labels.boxes[:, :2] < 1, axis=1).sum())
     if below and below >= _TELLING * len(labels.boxes):
         return "edges", f"{below} of {len(labels.boxes)} boxes start below 1, which 1-based pixels never do"
-    for origin, answer, tool in ((VOC_DEVKIT, "devkit", "the VOC devkit"), (LABELLING_TOOL, "edges", "a tool like LabelImg")):
+    for origin, answer, tool in (
+        (VOC_DEVKIT, "devkit", "are from the VOC devkit"),
+        (LABELLING_TOOL, "edges", "are of an unknown database, as LabelImg writes"),
+    ):
         count = int((labels.origins == origin).sum())
         if 2 * count > len(labels):
-            return answer, f"{count} of {len(labels)} annotations say they are from {tool}"
+            return answer, f"{count} of {len(labels)} annotations say they {tool}"
     if np.any(labels.boxes % 1):
         return "edges", "there are decimals, which pixel counts never have"
     return "edges", "nothing speaks for 1-based pixels"
@@ -387,5 +395,11 @@ def survey(data: Data, progress: Progress | None = None) -> Survey:
     labels, how = _read(data, found)
     headers = check(data, [item.image for item in found.items], progress)
     classes = _classes(data, found)
-    _, more = _assemble(data, found.items, labels, found.annotated, headers, classes)
-    return Survey(found.items, labels, headers, splits, classes, (how, *findings, *more))
+    split = _Split(data, found.items, labels, headers)
+    usable = split.usable(found.annotated)
+    ids = split.classify(classes)
+    split.fit()
+    kept = split.clip() & usable[split.photo] & (ids >= 0)
+    convention_ = convention(data, found.labels)[0]
+    found_all = (how, *findings, *split.findings)
+    return Survey(found.items, labels, convention_, split.boxes, kept, headers, splits, classes, found_all)

@@ -341,7 +341,7 @@ def test_groceries() -> None:
 @pytest.mark.parametrize(
     ("objects", "database", "expected", "why"),
     [
-        ([CAN], "Unknown", "edges", "a tool like LabelImg"),
+        ([CAN], "Unknown", "edges", "as LabelImg writes"),
         ([CAN], "The VOC2007 Database", "devkit", "the VOC devkit"),
         ([("can", (0, 3, 20, 30))], "The VOC2007 Database", "edges", "start below 1"),
         ([CAN], "shelves", "edges", "nothing speaks for 1-based"),
