@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -168,17 +168,208 @@ def synth(
     train: Annotated[int, typer.Option(min=0, help="photos of the train split")] = 400,
     val: Annotated[int, typer.Option(min=0, help="photos of the val split")] = 100,
     size: Annotated[tuple[int, int], typer.Option(help="width and height in pixels")] = (640, 480),
-    seed: Annotated[int, typer.Option()] = 0,
-    workers: Annotated[int, typer.Option(help="processes; 0: one a core")] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="processes; 0: one a core")] = 0,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="your products: class folders of cut-outs, or a VOC data set to cut them out of"),
+    ] = None,
+    backgrounds: Annotated[Path | None, typer.Option(help="a folder of photos; default: made-up ones")] = None,
+    items: Annotated[tuple[int, int] | None, typer.Option(help="fewest and most in a scene [default: 1 24]")] = None,
+    scale: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="an item's longer side in shorter sides of the scene [default: 0.08 0.95]"),
+    ] = None,
+    layout: Annotated[
+        Literal["auto", "scatter", "shelf"] | None, typer.Option(help="auto: half of the scenes are shelves [default]")
+    ] = None,
+    masks: Annotated[
+        Literal["grabcut", "box"] | None, typer.Option(help="of what has no transparency [default: grabcut]")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="of the VOC data set [default: train]")] = None,
 ) -> None:
-    """Render photos of product shelves with Pascal-VOC XML."""
+    """Render photos of product shelves with Pascal-VOC XML; with --from, scenes of your own products."""
     from detkit.console import counting
     from detkit.data.synth import synthesise
 
     console = _console()
-    with counting(console, "rendering") as progress:
-        synthesise(out, train=train, val=val, size=size, seed=seed, workers=workers, progress=progress)
+    look = {"items": items, "scale": scale, "layout": layout}
+    others = {"backgrounds": backgrounds, "masks": masks, "split": split}
+    if source is None:
+        for name, value in (look | others).items():
+            if value is not None:
+                raise UserError(f"--{name} is for scenes of your own products: name their folder with --from")
+        with counting(console, "rendering") as progress:
+            synthesise(out, train=train, val=val, size=size, seed=seed, workers=workers, progress=progress)
+    else:
+        from detkit.data import compose
+
+        chosen: dict[str, Any] = {name: value for name, value in others.items() if value is not None}
+        settings: dict[str, Any] = {name: value for name, value in look.items() if value is not None}
+        chosen["look"] = compose.Look(size, **settings)
+        with counting(console, "composing") as progress:
+            lines = compose.compose(
+                out, source, train=train, val=val, seed=seed, workers=workers, progress=progress, **chosen
+            )
+        for line in lines:
+            console.print(line)
     console.print(f"{out}: {train} train and {val} val photos")
+
+
+@data_app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="the data set's folder, or its COCO or CSV file")],
+    out: Annotated[Path, typer.Argument(help="a new folder")],
+    target: Annotated[str, typer.Option("--to", help="voc, coco, yolo, labelme, cvat, openimages or csv")],
+    source_format: Annotated[str | None, typer.Option("--from", help="default: found out")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="only this one (may be repeated)")] = None,
+    images: Annotated[Literal["copy", "link", "none"], typer.Option(help="what becomes of the photos")] = "copy",
+    image_folder: Annotated[Path | None, typer.Option(help="where the photos are, if not below IN")] = None,
+    convention: Annotated[Literal["auto", "edges", "devkit"], typer.Option(help="coordinates in VOC XML")] = "auto",
+) -> None:
+    """Write a data set in another format, and say what that can't hold."""
+    from detkit.console import counting
+    from detkit.data import convert as job
+
+    console = _console()
+    with counting(console, "converting") as progress:
+        done = job.convert(
+            source,
+            out,
+            target,
+            source_format=source_format,
+            split=split or (),
+            images=images,
+            image_folder=image_folder,
+            convention=convention,
+            progress=progress,
+        )
+    for line in done.lines():
+        console.print(line, markup=False, highlight=False)
+    console.print(f"{out}: {done.target}, from {done.source}", markup=False, highlight=False)
+
+
+@data_app.command()
+def split(
+    path: Annotated[Path, typer.Argument(help="the data set's folder")],
+    val: Annotated[float, typer.Option(min=0, max=1, help="share of photos and of each class to evaluate on")] = 0.2,
+    test: Annotated[float, typer.Option(min=0, max=1, help="share that is kept for the end; 0: none")] = 0.1,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="an empty folder; default: PATH/ImageSets/Main")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="processes; 0: one a core")] = 0,
+) -> None:
+    """Divide a data set into train, val and test, with near-duplicate photos on one side."""
+    from detkit import config
+    from detkit.console import counting
+    from detkit.data import split as job
+
+    console = _console()
+    if val + test >= 1:
+        raise UserError(f"--val {val:g} and --test {test:g} leave nothing to train on: make them smaller")
+    shares = {"train": 1 - val - test, "val": val, "test": test}
+    folder = out or path / "ImageSets" / "Main"
+    job.vacant(folder)
+    with counting(console, "comparing photos") as progress:
+        division = job.divide(
+            config.Data(root=path),
+            {name: share for name, share in shares.items() if share},
+            seed,
+            workers=workers,
+            progress=progress,
+        )
+    job.write(division, folder)
+    console.print(division.table())
+    console.print(f"{division.grouped} photos are in {division.groups} groups of near-duplicates: none is divided")
+    console.print(f"written to {folder}", markup=False, highlight=False)
+
+
+@data_app.command()
+def audit(
+    path: Annotated[Path, typer.Argument(help="the data set's folder")],
+    config_name: Annotated[
+        str | None, typer.Option("--config", "-c", help="take data settings and canvas from this config")
+    ] = None,
+    size: Annotated[
+        tuple[int, int] | None, typer.Option(help="height and width of the training canvas; default: 300 300")
+    ] = None,
+    train: Annotated[str | None, typer.Option(help="the split to train on; default: train")] = None,
+    val: Annotated[str | None, typer.Option(help="the split to evaluate on; default: val")] = None,
+    unlabelled: Annotated[
+        Literal["error", "skip", "negative"] | None, typer.Option(help="what a photo without annotation means")
+    ] = None,
+    file_format: Annotated[
+        Literal["voc", "coco", "yolo", "labelme", "cvat", "openimages", "csv"] | None,
+        typer.Option("--format", help="what the annotations are written in; default: voc"),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write all findings to this file")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="write a page with thumbnails to this file")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="exit with 1 for any error, change, or photo that splits share")
+    ] = False,
+    fix: Annotated[Path | None, typer.Option(metavar="OUT", help="write a mended copy to this new folder")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="processes; 0: one a core")] = 0,
+) -> None:
+    """Read every annotation and every photo, and list what is wrong or unusual and what detkit does about it."""
+    from detkit import config
+    from detkit.console import counting
+    from detkit.data import audit as job
+
+    console, settings = _console(), config.load(config_name) if config_name else None
+    given = {"train": train, "val": val, "unlabelled": unlabelled, "format": file_format}
+    chosen = {"root": path} | {name: value for name, value in given.items() if value is not None}
+    data = (settings.data if settings else config.Data(root=path)).model_copy(update=chosen)
+    canvas = size or (settings.input.size if settings else job.SIZE)
+    rule = settings.input.resize if settings else "stretch"
+    with counting(console, "reading photos") as progress:
+        found = job.run(data, canvas, rule, workers, progress)
+    job.print_summary(found, console)
+    if json_file:
+        job.write_json(json_file, found)
+    if html_file:
+        job.write_html(html_file, found)
+    if fix:
+        from detkit.data import fix as mending
+
+        with counting(console, "copying") as progress:
+            changes = mending.fix(found, fix, progress)
+        for line in mending.summary(changes):
+            console.print(line, markup=False, highlight=False)
+        console.print(f"{fix}: the mended copy; every change is in {fix / mending.LOG}", markup=False, highlight=False)
+    raise typer.Exit(1 if strict and found.bad() else 0)
+
+
+@data_app.command()
+def stats(
+    path: Annotated[Path, typer.Argument(help="the data set's folder")],
+    split: Annotated[str, typer.Option(help="which photos; 'all': every one")] = "train",
+    config_name: Annotated[
+        str | None, typer.Option("--config", "-c", help="measure this config's default boxes, and suggest better ones")
+    ] = None,
+    size: Annotated[
+        tuple[int, int] | None, typer.Option(help="height and width of the canvas; default: the config's, or the photos'")
+    ] = None,
+    clusters: Annotated[int, typer.Option(min=1, help="clusters of box shapes")] = 9,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+    html: Annotated[Path | None, typer.Option(help="write a page to this file")] = None,
+    plots: Annotated[Path | None, typer.Option(help="write plots to this folder")] = None,
+) -> None:
+    """Count classes, sizes, shapes and places of objects; suggest default boxes."""
+    from detkit import config, overview
+
+    settings = config.load(config_name) if config_name else None
+    overview.run(
+        path,
+        split,
+        size=size,
+        settings=settings,
+        clusters=clusters,
+        json_file=json_file,
+        html=html,
+        plots=plots,
+        console=_console(),
+    )
 
 
 @data_app.command("cache")

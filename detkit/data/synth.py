@@ -12,17 +12,19 @@ The canvas and a mask of which item is seen where go through one camera homograp
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import groupby
 from math import cos, exp, log, pi, sin
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +37,8 @@ from detkit.types import DIFFICULT, OCCLUDED, TRUNCATED
 RGB = tuple[int, int, int]
 Array = NDArray[Any]
 Point = tuple[float, float]
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 CM = 28  # px per cm while a package is drawn; sprites are kept at half that
 ART_SPAN = 3.8  # radians of a round package that its label art covers
@@ -1202,24 +1206,93 @@ def render(seed: int, index: int, size: tuple[int, int] = (640, 480)) -> Scene:
 # ------------------------------------------------------------------------------------------------------------ the files
 
 
-def _write(root: Path, seed: int, size: tuple[int, int], index: int) -> None:
-    scene = render(seed, index, size)
-    name = f"shelf_{index:05d}"
-    scene.image.save(root / "JPEGImages" / f"{name}.jpg", quality=86, optimize=True)
-    xml = voc_xml(
-        f"{name}.jpg", size[::-1], scene.boxes.astype(np.float64), [CLASSES[k] for k in scene.labels], scene.flags
-    )
+class Drawn(NamedTuple):
+    """A photo to write: the JPEG file's content, (height, width), and what `formats.voc_xml` takes of its objects."""
+
+    jpeg: bytes
+    hw: tuple[int, int]
+    boxes: Array
+    names: list[str]
+    flags: list[int]
+
+
+def _draw(seed: int, size: tuple[int, int], index: int) -> Drawn:
+    scene, jpeg = render(seed, index, size), io.BytesIO()
+    scene.image.save(jpeg, "JPEG", quality=86, optimize=True)
+    return Drawn(jpeg.getvalue(), size[::-1], scene.boxes, [CLASSES[k] for k in scene.labels], scene.flags)
+
+
+def _write(root: Path, prefix: str, draw: Callable[[int], Drawn], index: int) -> None:
+    name, drawn = f"{prefix}_{index:05d}", draw(index)
+    (root / "JPEGImages" / f"{name}.jpg").write_bytes(drawn.jpeg)
+    xml = voc_xml(f"{name}.jpg", drawn.hw, drawn.boxes.astype(np.float64), drawn.names, drawn.flags)
     (root / "Annotations" / f"{name}.xml").write_text(xml, encoding="utf-8", newline="\n")
 
 
-def _write_all(root: Path, count: int, size: tuple[int, int], seed: int, workers: int) -> Iterator[None]:
-    job = partial(_write, root, seed, size)
-    workers = min(workers or os.cpu_count() or 1, count)
-    if workers <= 1:
-        yield from map(job, range(count))
-        return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(job, range(count), chunksize=4)
+def pooled(
+    job: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    workers: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Result]:
+    """The job's result for each task, in order, by `workers` processes (0: one per CPU; 1: this one).
+
+    job, tasks: can be pickled. progress: called with (done, total) after each.
+    """
+    workers = min(workers or os.cpu_count() or 1, len(tasks))
+    with ExitStack() as stack:
+        results: Iterator[Result] = map(job, tasks)
+        if workers > 1:
+            pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+            stack.callback(pool.shutdown, cancel_futures=True)  # when stopped, what is left is not drawn first
+            results = pool.map(job, tasks, chunksize=4)
+        for done, result in enumerate(results, 1):
+            if progress:
+                progress(done, len(tasks))
+            yield result
+
+
+def require_free(out: Path) -> None:
+    """Raise UserError where `out` holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty: name another folder, or remove it first")
+
+
+def write_set(
+    out: Path,
+    draw: Callable[[int], Drawn],
+    classes: Sequence[str],
+    *,
+    prefix: str,
+    train: int,
+    val: int,
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write a Pascal-VOC data set of the photos draw(0), draw(1), ... to `out`, which must not hold anything yet.
+
+    draw: can be pickled, and depends on the number alone, so the bytes don't depend on `workers`. prefix: of the
+    photos' names. progress: called with (done, total). `out` appears whole or not at all. Raises UserError.
+    """
+    require_free(out)
+    temp = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
+    names = [f"{prefix}_{k:05d}" for k in range(train + val)]
+    try:
+        for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+            (temp / folder).mkdir(parents=True)
+        for _ in pooled(partial(_write, temp, prefix, draw), range(len(names)), workers, progress):
+            pass
+        for path, lines in (
+            ("ImageSets/Main/train.txt", names[:train]),
+            ("ImageSets/Main/val.txt", names[train:]),
+            ("classes.txt", classes),
+        ):
+            (temp / path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+        if out.exists():
+            out.rmdir()  # Windows does not replace even an empty folder
+        temp.replace(out)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
 
 
 def synthesise(
@@ -1237,25 +1310,5 @@ def synthesise(
     size: (width, height) in px; workers: processes, 0 for one per CPU (the bytes don't depend on it); progress: called
     with (done, total). `out` appears whole or not at all.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: name another folder, or remove it first")
-    temp = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
-    names = [f"shelf_{k:05d}" for k in range(train + val)]
-    try:
-        for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
-            (temp / folder).mkdir(parents=True)
-        for done, _ in enumerate(_write_all(temp, len(names), size, seed, workers), 1):
-            if progress:
-                progress(done, len(names))
-        for path, lines in (
-            ("ImageSets/Main/train.txt", names[:train]),
-            ("ImageSets/Main/val.txt", names[train:]),
-            ("classes.txt", CLASSES),
-        ):
-            (temp / path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
-        if out.exists():
-            out.rmdir()  # Windows does not replace even an empty folder
-        temp.replace(out)
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
+    draw = partial(_draw, seed, size)
+    write_set(Path(out), draw, CLASSES, prefix="shelf", train=train, val=val, workers=workers, progress=progress)
