@@ -348,7 +348,7 @@ def stats(
         str | None, typer.Option("--config", "-c", help="measure this config's default boxes, and suggest better ones")
     ] = None,
     size: Annotated[
-        tuple[int, int] | None, typer.Option(help="height and width of the canvas; default: the config's, or the photos'")
+        tuple[int, int] | None, typer.Option(help="the canvas' height and width; default: the config's, or the photos'")
     ] = None,
     clusters: Annotated[int, typer.Option(min=1, help="clusters of box shapes")] = 9,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
@@ -370,6 +370,45 @@ def stats(
         plots=plots,
         console=_console(),
     )
+
+
+@data_app.command()
+def show(
+    path: Annotated[Path, typer.Argument(help="the data set's folder")],
+    split: Annotated[str, typer.Option(help="which photos; 'all': every one")] = "train",
+    out: Annotated[Path, typer.Option("--out", "-o", help="a .jpg or .png file")] = Path("contact_sheet.jpg"),
+    count: Annotated[int, typer.Option(min=1, help="photos, drawn at random")] = 24,
+    columns: Annotated[int, typer.Option(min=1, max=40, help="photos in a row")] = 6,
+    class_name: Annotated[str | None, typer.Option("--class", help="only photos that show this class")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    config_name: Annotated[
+        str | None, typer.Option("--config", "-c", help="read the data as this config says; its augmentation")
+    ] = None,
+    augmented: Annotated[bool, typer.Option("--augmented", help="as training sees them")] = False,
+    only: Annotated[str | None, typer.Option(help="one change alone, in each photo, such as mosaic")] = None,
+) -> None:
+    """Draw photos with their boxes and names on one contact sheet."""
+    from detkit import config
+    from detkit.console import counting
+    from detkit.data import cache
+    from detkit.data import show as job
+
+    if (augmented or only) and config_name is None:
+        raise UserError("--augmented shows what a config does: name it, such as  --config ssd_mobilenet.yaml")
+    job.file_format(out)
+    settings = config.load(config_name) if config_name else None
+    data = settings.data.model_copy(update={"root": path}) if settings else config.Data(root=path)
+    console = _console()
+    with counting(console, "reading") as progress:
+        dataset = cache.load(data, split, progress)
+    index = job.choose(dataset, count, class_name, seed)
+    with counting(console, "drawing") as progress:
+        if settings and (augmented or only):
+            pictures = job.samples(dataset, index, job.WIDTH // columns, settings, seed, only, progress)
+        else:
+            pictures = job.photos(dataset, index, job.WIDTH // columns, progress)
+    job.write(pictures, columns, out)
+    console.print(f"{out}: {len(index)} of {len(dataset)} photos", markup=False, highlight=False)
 
 
 @data_app.command("cache")

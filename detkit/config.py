@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -66,7 +67,9 @@ class Augment(Settings):
     expand_max: PositiveFloat = Field(2.0, description="largest side of that canvas, in sides of the photo")
     colour: Share = Field(0.5, description="brightness, contrast, saturation and hue")
     mosaic: Share = Field(0.0, description="four photos on one canvas")
-    close_epochs: int = Field(0, ge=0, description="last epochs trained without mosaic, crop and expand")
+    mixup: Share = Field(0.0, description="another photo blended in, its objects added")
+    copy_paste: Share = Field(0.0, description="one to three objects of another photo laid over this one")
+    close_epochs: int = Field(0, ge=0, description="last epochs trained with flip and colour only")
 
 
 class Backbone(Settings):
@@ -202,6 +205,21 @@ class Train(Settings):
     progressive: tuple[tuple[Share, Share], ...] = Field(
         (), description="pairs (s, c): until share s of the epochs, train on a canvas of share c of input.size"
     )
+    multi_scale: tuple[PositiveFloat, PositiveFloat] | None = Field(
+        None, description="least and largest share of that canvas: each step's is drawn between, in multiples of 32 px"
+    )
+    sampler: Literal["shuffle", "repeat-factor"] = Field(
+        "shuffle", description="each photo once an epoch, or those with rare classes more often (LVIS)"
+    )
+    repeat_threshold: Share = Field(
+        0.01, description="repeat-factor: photos repeat with a class that fewer than this share of photos have"
+    )
+    decode: Literal["full", "reduced"] = Field(
+        "reduced", description="JPEGs in full, or at their own 1/2, 1/4 or 1/8 where that leaves enough pixels"
+    )
+    cache: Literal["none", "ram", "disk"] = Field(
+        "none", description="keep the photos decoded, at the canvas' resolution: in memory, or a file in data.cache"
+    )
     recalibrate_bn: int = Field(
         0, ge=0, description="batches over which the loaded backbone's BatchNorm statistics are measured anew at first"
     )
@@ -215,13 +233,26 @@ class Train(Settings):
     seed: int = Field(0, ge=0)
     tensorboard: bool = True
 
-    def canvas(self, size: tuple[int, int], epoch: int) -> tuple[int, int]:
-        """Height and width of the training canvas in an epoch (0-based): `size`, or less while `progressive` says so;
-        a multiple of 32."""
-        for until, share in self.progressive:
-            if epoch < until * self.epochs:
-                return max(32, round(size[0] * share / 32) * 32), max(32, round(size[1] * share / 32) * 32)
-        return size
+    @model_validator(mode="after")
+    def _scales(self) -> Train:
+        if self.multi_scale and self.multi_scale[0] > self.multi_scale[1]:
+            raise ValueError(f"multi_scale is [least, largest], not {list(self.multi_scale)}")
+        return self
+
+    def canvas(self, size: tuple[int, int], epoch: int, step: int = 0) -> tuple[int, int]:
+        """Height and width of the training canvas in an epoch and a step of the run (0-based): `size`, or what
+        `progressive` and `multi_scale` make of it, in multiples of 32. Depends on the seed and these alone."""
+        share = next((share for until, share in self.progressive if epoch < until * self.epochs), 1.0)
+        if self.multi_scale:
+            share *= random.Random(f"{self.seed} {step}").uniform(*self.multi_scale)
+        elif share == 1:
+            return size
+        return max(32, round(size[0] * share / 32) * 32), max(32, round(size[1] * share / 32) * 32)
+
+    def largest_canvas(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width that no canvas of the run exceeds."""
+        share = self.multi_scale[1] if self.multi_scale else 1.0
+        return max(size[0], round(size[0] * share / 32) * 32), max(size[1], round(size[1] * share / 32) * 32)
 
 
 class Config(Settings):

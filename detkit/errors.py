@@ -28,7 +28,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 # The extra that brings each optional package.
 _EXTRAS = {
-    "lxml": "data",
+    **dict.fromkeys(("jinja2", "lxml", "matplotlib"), "data"),
     **dict.fromkeys(
         (
             "albumentations",

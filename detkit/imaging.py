@@ -26,6 +26,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 # What Pillow's decoders raise on files that are cut off or damaged.
 _DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, EOFError, struct.error, zlib.error)
 _ORIENTATION = 0x0112
+_KINDS_OF_PIXELS = {"L": "greyscale", "1": "greyscale", "P": "palette", "CMYK": "CMYK", "YCCK": "CMYK"}
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -108,6 +109,12 @@ def size(path: str | Path) -> tuple[int, int]:
         return _upright_size(image, _orientation(image))
 
 
+def orientation(source: str | Path | bytes) -> int:
+    """The EXIF orientation, 1 to 8, that `decode` applies; 1 where there is none. Raises UserError."""
+    with _opened(source, MAX_PIXELS) as (image, _):
+        return _orientation(image)
+
+
 class Header(NamedTuple):
     """What an image file says of itself: height and width after its EXIF orientation (1 to 8) is applied."""
 
@@ -126,6 +133,29 @@ def check(path: str | Path) -> Header:
         if not _ends_well(file, image.format):
             image.load()
         return header
+
+
+class Inspection(NamedTuple):
+    """What decoding the whole file tells: its format, 'JPEG', 'PNG' and so on; the kind of its pixels, '' for RGB with
+    8 bits, else 'greyscale', 'palette', 'transparent', 'CMYK' or '16-bit'; the image, uint8 [h, w, 3]."""
+
+    format: str
+    pixels: str
+    image: NDArray[np.uint8]
+
+
+def inspect(content: bytes, least: int) -> Inspection:
+    """Read a whole image file. The image is as `decode` gives it; but of a JPEG at its own 1/2, 1/4 or 1/8 where that
+    leaves `least` pixels a side, which finds a file that is cut off all the same. Raises UserError."""
+    with _opened(content, MAX_PIXELS) as (image, _):
+        deep = image.mode.startswith("I") or any(";16" in str(tile) for tile in getattr(image, "tile", ()))
+        image.draft(None, (least, least))
+        image.load()
+        turn = _TURNS.get(_orientation(image))
+        rgb = _to_rgb(image)
+        mode = "transparent" if image.has_transparency_data else _KINDS_OF_PIXELS.get(image.mode, "")
+        kind = "JPEG" if image.format == "MPO" else str(image.format)
+        return Inspection(kind, "16-bit" if deep else mode, np.asarray(rgb if turn is None else rgb.transpose(turn)))
 
 
 def _ends_well(file: IO[bytes], kind: str | None) -> bool:

@@ -23,10 +23,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from detkit import checkpoint, config
 from detkit.checkpoint import pick_device
-from detkit.console import bar, duration
-from detkit.data.batch import Loader
+from detkit.console import bar, counting, duration
+from detkit.data import cache, findings, pixels
+from detkit.data.batch import Loader, repeat_factors
 from detkit.data.dataset import EvalSet, TrainSet
-from detkit.data import findings
 from detkit.errors import Interrupted, UserError
 from detkit.evaluate import evaluate, load_split, table
 from detkit.files import atomic_write, next_folder
@@ -116,13 +116,28 @@ class Run:
         self.predictor = Predictor(self.detector, settings.model.select)
         self.model = Trainable(self.detector.train())
         self.optimizer = make_optimizer(self.detector, cfg.optimizer)
-        train_set = TrainSet(self.train_data, settings.input, settings.augment, cfg.seed)
+        train_set = TrainSet(self.train_data, settings.input, settings.augment, cfg.seed, self._source())
         pin = self.device.type == "cuda"
-        self.loader = Loader(train_set, cfg.batch_size, cfg.workers, seed=cfg.seed, pin=pin)
+        rare = cfg.sampler == "repeat-factor"
+        factors = repeat_factors(self.train_data, cfg.repeat_threshold) if rare else None
+        self.loader = Loader(train_set, cfg.batch_size, cfg.workers, seed=cfg.seed, factors=factors, pin=pin)
         self.val_loader = Loader(EvalSet(self.val_data, settings.input), cfg.batch_size, cfg.workers, pin=pin)
         self.steps = cfg.epochs * len(self.loader)
         self.schedule = LambdaLR(self.optimizer, lambda step: rate(cfg.schedule, step, self.steps))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.precision == "fp16")
+
+    def _source(self) -> pixels.Source:
+        """Where the training photos' pixels come from."""
+        settings, cfg = self.settings, self.settings.train
+        files = pixels.Files(self.train_data, cfg.decode == "reduced")
+        if cfg.cache == "none":
+            return files
+        canvas, rule = cfg.largest_canvas(settings.input.size), settings.input.resize
+        with counting(self.console, f"decoding {settings.data.train}") as progress:
+            if cfg.cache == "ram":
+                return pixels.in_memory(files, canvas, rule, cfg.workers, progress)
+            folders, split = cache.folders(settings.data), settings.data.train
+            return pixels.on_disk(files, canvas, rule, folders, split, cfg.workers, progress)
 
     @torch.no_grad()
     def recalibrate(self) -> None:
@@ -195,9 +210,14 @@ class Run:
         cfg = self.settings.train
         task = progress.add_task("", total=len(self.loader), completed=self.step_in_epoch)
         images, told, start = 0, 0.0, time.perf_counter()
-        canvas = cfg.canvas(self.settings.input.size, self.epoch)
+        size, first = self.settings.input.size, self.epoch * len(self.loader)
         close = self.epoch >= cfg.epochs - self.settings.augment.close_epochs
-        batches = self.loader.epoch(self.epoch, start=self.step_in_epoch, close=close, canvas=canvas)
+        batches = self.loader.epoch(
+            self.epoch,
+            start=self.step_in_epoch,
+            close=close,
+            canvas=lambda batch: cfg.canvas(size, self.epoch, first + batch),
+        )
         for done, batch in enumerate(batches, 1):
             parts = self.train_step(batch)
             self.step_in_epoch += 1

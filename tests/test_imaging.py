@@ -44,7 +44,10 @@ def test_photos_are_turned_as_exif_says(tmp_path: Path, suffix: str, orientation
     with Image.open(path) as image:
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     assert (imaging.decode(path) == expected).all()
-    assert imaging.size(path) == imaging.check(path) == expected.shape[:2]
+    assert imaging.size(path) == imaging.check(path).hw == expected.shape[:2]
+    applied = 1 if suffix == "tiff" else orientation  # Pillow itself turns TIFF
+    assert imaging.orientation(path) == imaging.orientation(path.read_bytes()) == applied
+    assert imaging.check(path).orientation == applied
 
 
 def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
@@ -86,7 +89,7 @@ def test_a_cut_off_file_is_one_clear_line(tmp_path: Path, suffix: str) -> None:
 def test_what_follows_the_end_of_a_jpeg_does_no_harm(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     path.write_bytes(JPEG + b"made by a camera" * 100)
-    assert imaging.check(path) == (64, 64)
+    assert imaging.check(path) == ((64, 64), 1)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])

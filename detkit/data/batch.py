@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detkit.data.dataset import EvalSet, Key, Sample
+from detkit.data.labels import DataSet
 from detkit.errors import UserError
-from detkit.types import Batch, Targets
+from detkit.types import CROWD, DIFFICULT, Batch, Targets
+
+Canvas = Callable[[int], tuple[int, int]]
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -55,26 +59,63 @@ def _collate(samples: Sequence[Sample | UserError]) -> Batch | UserError:
     return collate(cast("Sequence[Sample]", samples))
 
 
+def repeat_factors(dataset: DataSet, threshold: float) -> NDArray[np.float64]:
+    """How often each photo is to be seen in an epoch, float64 [N], at least 1: the largest, over its classes, of
+    sqrt(threshold / share of the photos that have the class) (LVIS: Gupta, Dollar and Girshick, 2019).
+
+    Ignored objects don't count: nothing is learned from them.
+    """
+    count, classes = len(dataset), len(dataset.classes)
+    photo = np.repeat(np.arange(count), np.diff(dataset.box_ends, prepend=0))
+    counted = (dataset.flags & (DIFFICULT | CROWD)) == 0
+    pairs = np.unique(photo[counted] * classes + dataset.labels[counted])
+    shares = np.bincount(pairs % classes, minlength=classes) / count
+    factors = np.ones(count)
+    np.maximum.at(factors, pairs // classes, np.sqrt(threshold / shares[pairs % classes]))
+    return factors
+
+
 class _Order(Sampler[list[Key]]):
     """The keys of an epoch's batches. Lives in the main process; the last four fields are set before each pass."""
 
-    def __init__(self, count: int, batch_size: int, seed: int | None) -> None:
-        self.count, self.batch_size, self.seed = count, batch_size, seed
+    def __init__(self, count: int, batch_size: int, seed: int | None, factors: NDArray[np.float64] | None) -> None:
+        self.photos, self.batch_size, self.seed, self.factors = count, batch_size, seed, factors
+        self.count = count if factors is None else int(factors.sum())
         self.epoch, self.close, self.start = 0, False, 0
-        self.canvas: tuple[int, int] | None = None
+        self.canvas: Canvas | None = None
         # A last small batch would train BatchNorm badly; but a data set smaller than a batch must still train.
-        self.whole = seed is not None and count >= batch_size
+        self.whole = seed is not None and self.count >= batch_size
 
     def __len__(self) -> int:
         return self.count // self.batch_size if self.whole else -(-self.count // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = np.arange(self.count)
+        order = np.arange(self.photos)
+        rng = np.random.default_rng((self.seed or 0, self.epoch))
         if self.seed is not None:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
+            order = rng.permutation(self.photos)
+        repeats = np.zeros(self.photos, np.int64)
+        if self.factors is not None:
+            order, repeats = self._repeated(order, self.factors, rng)
         for batch in range(self.start, len(self)):
-            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
-            yield [Key(self.epoch, index, self.close, self.canvas) for index in chosen]
+            chosen = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            canvas = self.canvas(batch) if self.canvas else None
+            yield [
+                Key(self.epoch, index, self.close, canvas, repeat)
+                for index, repeat in zip(order[chosen].tolist(), repeats[chosen].tolist(), strict=True)
+            ]
+
+    def _repeated(
+        self, order: NDArray[np.int64], factors: NDArray[np.float64], rng: np.random.Generator
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """`count` photos in random order, each as often as its factor says: a whole number more or less, drawn so that
+        the mean over epochs is the factor (systematic sampling: one offset for all). And which repeat each is."""
+        ends = np.floor(np.cumsum(factors[order]) + rng.random()).astype(np.int64)
+        times = np.diff(ends, prepend=0)
+        photos = np.repeat(order, times)
+        repeats = np.arange(len(photos)) - np.repeat(ends - times, times)
+        mixed = rng.permutation(len(photos))[: self.count]
+        return photos[mixed], repeats[mixed]
 
 
 def _start_worker(_: int) -> None:
@@ -90,14 +131,22 @@ class Loader:
     """Batches of a set of samples, an epoch at a time.
 
     seed: the order is a permutation drawn from (seed, epoch), and a last batch that is not full is left out (unless
-    there is no other); None: in order and complete. workers: processes that decode, at most one a core, 0 for none;
+    there is no other); None: in order and complete. factors: float64 [N], how often each photo is seen in an epoch, on
+    average (`repeat_factors`); None: once. workers: processes that decode, at most one a core, 0 for none;
     they stay alive between epochs. pin: put batches into pinned memory, for CUDA.
     """
 
     def __init__(
-        self, samples: EvalSet, batch_size: int, workers: int, *, seed: int | None = None, pin: bool = False
+        self,
+        samples: EvalSet,
+        batch_size: int,
+        workers: int,
+        *,
+        seed: int | None = None,
+        factors: NDArray[np.float64] | None = None,
+        pin: bool = False,
     ) -> None:
-        self._order = _Order(len(samples), batch_size, seed)
+        self._order = _Order(len(samples), batch_size, seed, factors)
         workers = min(workers, os.cpu_count() or 1)
         self._batches = DataLoader(
             _Guarded(samples),
@@ -114,10 +163,10 @@ class Loader:
         return len(self._order)
 
     def epoch(
-        self, number: int = 0, *, start: int = 0, close: bool = False, canvas: tuple[int, int] | None = None
+        self, number: int = 0, *, start: int = 0, close: bool = False, canvas: Canvas | None = None
     ) -> Iterator[Batch]:
-        """The batches of that epoch from the one numbered `start` on; `close` turns off mosaic, crop and expand;
-        `canvas`: height and width in pixels, where not the input's size.
+        """The batches of that epoch from the one numbered `start` on; `close` leaves only flip and colour; `canvas`:
+        height and width in pixels of the batch of that number in the epoch, where not the input's size.
 
         Raises UserError, naming the file, where an image can't be decoded.
         """

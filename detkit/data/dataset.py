@@ -10,23 +10,26 @@ from numpy.typing import NDArray
 from detkit import geometry, imaging
 from detkit.config import Augment, Input
 from detkit.data import augment as changes
-from detkit.data.augment import Labelled
+from detkit.data.augment import Labelled, Objects
 from detkit.data.labels import DataSet
+from detkit.data.pixels import Files, Source
 from detkit.geometry import ResizePlan
-from detkit.types import CROWD, DIFFICULT
+from detkit.types import CROWD, DIFFICULT, Record
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
     """Which sample: the epoch travels with the index, so that worker processes need not be told of it.
 
-    close: without mosaic, crop and expand (the last epochs). canvas: height and width where not the settings' own.
+    close: flip and colour only (the last epochs). canvas: height and width where not the settings' own. repeat: which
+    of the photo's samples, where an epoch has several.
     """
 
     epoch: int
     index: int
     close: bool = False
     canvas: tuple[int, int] | None = None
+    repeat: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,47 +59,83 @@ class EvalSet:
     def __getitem__(self, key: Key | int) -> Sample:
         """Raises UserError, naming the file, where the image can't be decoded."""
         index = key if isinstance(key, int) else key.index
-        photo = self._photo(index)
-        plan = geometry.plan((photo.image.shape[0], photo.image.shape[1]), self.input.size, self.input.resize)
-        return self._sample(changes.resize(photo, self.input.size, self.input.resize, self.fill), plan, index)
-
-    def _photo(self, index: int) -> Labelled:
         record = self.dataset[index]
-        ignore = (record.flags & (DIFFICULT | CROWD)) != 0
-        return Labelled(imaging.decode(record.path), record.boxes, record.labels, ignore)
+        plan = geometry.plan(record.hw, self.input.size, self.input.resize)
+        image = imaging.to_canvas(imaging.decode(record.path), plan, self.fill)
+        return _sample(Labelled(image, _objects(record)._replace(boxes=plan.to_canvas(record.boxes))), plan, index)
 
-    def _sample(self, photo: Labelled, plan: ResizePlan | None, index: int) -> Sample:
-        image = np.ascontiguousarray(photo.image)
-        return Sample(image, photo.boxes.astype(np.float32), photo.labels, photo.ignore, plan, index)
+
+def _objects(record: Record) -> Objects:
+    return Objects(record.boxes, record.labels, (record.flags & (DIFFICULT | CROWD)) != 0)
+
+
+def _sample(photo: Labelled, plan: ResizePlan | None, index: int) -> Sample:
+    boxes, labels, ignore = photo.objects
+    return Sample(photo.image, boxes.astype(np.float32), labels, ignore, plan, index)
 
 
 class TrainSet(EvalSet):
-    """The photos of a split, changed as `augment` says; what comes out depends on seed, epoch and index alone."""
+    """The photos of a split, changed as `augment` says; what comes out depends on seed, epoch, index and repeat alone.
 
-    def __init__(self, dataset: DataSet, settings: Input, augment: Augment, seed: int) -> None:
+    source: where pixels come from; default: the photos' files, JPEGs at a reduced scale where that is enough.
+    """
+
+    def __init__(
+        self, dataset: DataSet, settings: Input, augment: Augment, seed: int, source: Source | None = None
+    ) -> None:
         super().__init__(dataset, settings)
         self.augment = augment
         self.seed = seed
+        self.source = source or Files(dataset, reduced=True)
         if augment.colour:
             changes.jitter()  # what is not installed is told now, and forked workers need not import it each
 
     def __getitem__(self, key: Key | int) -> Sample:
         """Raises UserError, naming the file, where an image can't be decoded. A bare index is one of epoch 0."""
         key = Key(0, key) if isinstance(key, int) else key
-        rng = np.random.default_rng((self.seed, key.epoch, key.index))
+        rng = np.random.default_rng((self.seed, key.epoch, key.index, key.repeat))
         canvas = key.canvas or self.input.size
-        composed = rng.random() < self.augment.mosaic and not key.close
-        photo = self._mosaic(key.index, canvas, rng) if composed else self._single(key, canvas, rng)
+        photo = self._photo(key.index, canvas, rng, key.close)
+        if not key.close and rng.random() < self.augment.mixup:
+            photo = changes.mixup(photo, self._photo(self._other(rng), canvas, rng, key.close), rng)
         if rng.random() < self.augment.colour:
             photo = photo._replace(image=changes.colour(photo.image, rng))
-        return self._sample(photo, None, key.index)
+        return _sample(photo, None, key.index)
 
-    def _single(self, key: Key, canvas: tuple[int, int], rng: np.random.Generator) -> Labelled:
-        photo = changes.geometric(self._photo(key.index), self.augment, self.fill, rng, key.close)
-        return changes.resize(photo, canvas, self.input.resize, self.fill)
+    def _other(self, rng: np.random.Generator) -> int:
+        return int(rng.integers(len(self)))
+
+    def _photo(self, index: int, canvas: tuple[int, int], rng: np.random.Generator, close: bool) -> Labelled:
+        """The canvas with a photo or a mosaic of four, and objects of another on it."""
+        composed = rng.random() < self.augment.mosaic and not close
+        photo = self._mosaic(index, canvas, rng) if composed else self._single(index, canvas, rng, close)
+        if not close and rng.random() < self.augment.copy_paste:
+            photo = self._pasted(photo, self._other(rng), rng)
+        return photo
+
+    def _single(self, index: int, canvas: tuple[int, int], rng: np.random.Generator, close: bool) -> Labelled:
+        record = self.dataset[index]
+        view, keep = changes.single(record.hw, record.boxes, self.augment, canvas, self.input.resize, rng, close)
+        pixels = self.source(index, view.step)
+        return changes.lay(changes.blank(canvas, self.fill), pixels, _objects(record).chosen(keep), view)
 
     def _mosaic(self, index: int, canvas: tuple[int, int], rng: np.random.Generator) -> Labelled:
         indices = [index, *rng.integers(len(self), size=3).tolist()]
-        photos = [self._photo(other) for other in indices]
-        photos = [changes.flip(photo) if rng.random() < self.augment.flip else photo for photo in photos]
-        return changes.mosaic(photos, canvas, self.input.resize, self.fill, rng)
+        records = [self.dataset[other] for other in indices]
+        views = changes.tiles([record.hw for record in records], self.augment, canvas, self.input.resize, rng)
+        whole = changes.blank(canvas, self.fill)
+        for other, record, view in zip(indices, records, views, strict=True):
+            whole = changes.lay(whole, self.source(other, view.step), _objects(record), view, strict=True)
+        return whole
+
+    def _pasted(self, photo: Labelled, index: int, rng: np.random.Generator) -> Labelled:
+        record = self.dataset[index]
+        objects, canvas = _objects(record), (photo.image.shape[0], photo.image.shape[1])
+        views = changes.pieces(record.hw, objects, self.augment, canvas, self.input.resize, rng)
+        if not views:
+            return photo
+        pixels = self.source(index, min(view.step for view in views))
+        photo = photo._replace(objects=changes.occlude(photo.objects, [view.place for view in views]))
+        for view in views:
+            photo = changes.lay(photo, pixels, objects, view, strict=True)
+        return photo

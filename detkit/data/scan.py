@@ -180,7 +180,8 @@ def _classes(data: Data, found: Contents) -> tuple[str, ...]:
     return voc.known_classes(data) or found.classes or tuple(sorted(set(found.labels.vocabulary)))
 
 
-def _text(box: Sequence[float]) -> str:
+def shown(box: Sequence[float]) -> str:
+    """The four numbers as text, without decimals where there are none."""
     return " ".join(number(value) for value in box)
 
 
@@ -201,7 +202,7 @@ class _Split:
         item, box = self.items[self.photo[index]], self.boxes[index].tolist()
         height, width = self.headers.hw[self.photo[index]].tolist()
         name = self.labels.vocabulary[self.labels.names[index]]
-        what = what or f"{name} {_text(box)} in an image of {width}x{height}"
+        what = what or f"{name} {shown(box)} in an image of {width}x{height}"
         line = int(self.labels.lines[index])
         self.findings.append(Finding(kind, item.file, what, action, line, item.image, tuple(box)))
 
@@ -290,7 +291,7 @@ class _Split:
         for index in np.flatnonzero(np.any(self.boxes[:, 2:] < self.boxes[:, :2], axis=1)).tolist():
             x1, y1, x2, y2 = self.boxes[index].tolist()
             fixed = [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)]
-            self._note_object("box inverted", index, f"read as {_text(fixed)}")
+            self._note_object("box inverted", index, f"read as {shown(fixed)}")
             self.boxes[index] = fixed
         limits = np.tile(self.headers.hw[self.photo][:, ::-1], 2)
         clipped = np.clip(self.boxes, 0, limits)
@@ -303,7 +304,7 @@ class _Split:
             elif outside[index]:
                 self._note_object("box outside the image", index, "dropped")
             else:
-                self._note_object("box partly outside", index, f"clipped to {_text(clipped[index].tolist())}")
+                self._note_object("box partly outside", index, f"clipped to {shown(clipped[index].tolist())}")
         self.boxes = clipped
         keep: NDArray[np.bool_] = ~(empty | outside)
         return keep
@@ -400,6 +401,6 @@ def survey(data: Data, progress: Progress | None = None) -> Survey:
     ids = split.classify(classes)
     split.fit()
     kept = split.clip() & usable[split.photo] & (ids >= 0)
-    convention_ = convention(data, found.labels)[0]
+    read_as = convention(data, found.labels)[0]
     found_all = (how, *findings, *split.findings)
-    return Survey(found.items, labels, convention_, split.boxes, kept, headers, splits, classes, found_all)
+    return Survey(found.items, labels, read_as, split.boxes, kept, headers, splits, classes, found_all)

@@ -67,9 +67,9 @@ def plain(name: str, label: int) -> str:
 
 
 def draw(
-    image: NDArray[np.uint8], detections: Detections, classes: Sequence[str], score: float = 0.0
+    image: NDArray[np.uint8], detections: Detections, classes: Sequence[str], score: float = 0.0, *, scores: bool = True
 ) -> NDArray[np.uint8]:
-    """The image with a box and a tag (class, score in percent) for each detection of at least `score`.
+    """The image with a box and a tag (class, and score in percent if `scores`) for each detection of at least `score`.
 
     image: uint8 [H, W, 3], the photo that the detections are of; it is not changed. Returns uint8 [H, W, 3].
     Lines and letters grow with the photo and shrink, to a floor, with the boxes. Where tags would cover each other
@@ -85,7 +85,7 @@ def draw(
     for box, label in reversed(list(zip(boxes, shown.labels, strict=True))):  # the best on top
         _outline(canvas, box, colour(int(label)), style.line)
     font = ImageFont.load_default(style.font)
-    for tag, label in zip(_place(shown, boxes, classes, style, font), shown.labels, strict=True):
+    for tag, label in zip(_place(shown, boxes, classes, style, font, scores), shown.labels, strict=True):
         if tag is not None:
             _stamp(canvas, tag, colour(int(label)), style, font)
     return np.array(picture)
@@ -162,9 +162,10 @@ def _extent(text: str, style: _Style, font: _Font) -> tuple[int, int]:
     return math.ceil(font.getlength(text)) + 2 * style.pad, style.font + style.pad
 
 
-def _texts(name: str, score: float, room: int, style: _Style, font: _Font) -> Iterator[str]:
+def _texts(name: str, score: float | None, room: int, style: _Style, font: _Font) -> Iterator[str]:
     """What a tag may say, the fullest first: name and score, name, a shortened name as wide as the box."""
-    yield f"{name} {min(99, round(100 * score)):02d}"
+    if score is not None:
+        yield f"{name} {min(99, round(100 * score)):02d}"
     yield name
     for length in range(len(name) - 1, 2, -1):
         short = f"{name[:length].rstrip()}…"
@@ -185,7 +186,7 @@ def _corners(box: _Box, width: int, height: int, line: int) -> Iterator[tuple[in
 
 
 def _place(
-    shown: Detections, boxes: Sequence[_Box], classes: Sequence[str], style: _Style, font: _Font
+    shown: Detections, boxes: Sequence[_Box], classes: Sequence[str], style: _Style, font: _Font, scores: bool
 ) -> list[_Tag | None]:
     """A tag for each detection, best first, where it covers least of the earlier tags and of the other products; None
     where it would bury them, or the picture is smaller than the tag."""
@@ -196,7 +197,7 @@ def _place(
         others = np.delete(edges, i, axis=0)
         name = plain(classes[label], int(label))
         best: tuple[float, _Tag] | None = None
-        for text in _texts(name, float(score), box[2] - box[0] + 1, style, font):
+        for text in _texts(name, float(score) if scores else None, box[2] - box[0] + 1, style, font):
             choice = _spot(text, box, shown.hw, taken, others, style, font)
             if choice is not None and (best is None or choice[0] < best[0]):
                 best = choice

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from detkit.formats import voc_xml
@@ -40,3 +41,31 @@ def make_voc(root: Path, train: int = 4, val: int = 2, hw: tuple[int, int] = (48
     (lists / "train.txt").write_text("".join(names[:train]))
     (lists / "val.txt").write_text("".join(names[train:]))
     return root
+
+
+# Colours that differ from one another and from the grey of `marked_image` by at least 127 in some channel.
+MARKS = np.array(
+    [
+        [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0],
+        [0, 255, 255], [255, 0, 255], [0, 0, 0], [255, 255, 255],
+    ],
+    np.uint8,
+)  # fmt: skip
+
+
+def marked_image(
+    hw: tuple[int, int], boxes: Sequence[Sequence[float]], labels: Sequence[int] | NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    """A grey image, uint8 [*hw, 3], with a rectangle in the label's colour for each box, x1 y1 x2 y2 in pixels."""
+    image = np.full((*hw, 3), 128, np.uint8)
+    for label, box in zip(labels, boxes, strict=True):
+        x1, y1, x2, y2 = (int(edge) for edge in box)
+        image[y1:y2, x1:x2] = MARKS[label]
+    return image
+
+
+def seen(image: NDArray[np.uint8], label: int) -> list[int] | None:
+    """Where the mark of that label is in the image: x1 y1 x2 y2 of the pixels mostly of its colour, or None."""
+    near = np.abs(image.astype(int) - MARKS[label]).max(2) <= 64
+    ys, xs = np.nonzero(near)
+    return [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1] if len(xs) else None
