@@ -38,7 +38,7 @@ class ResizePlan:
 
 
 def turned(boxes: NDArray[np.float64], hw: tuple[int, int], orientation: int) -> NDArray[np.float64]:
-    """Boxes [N, 4] of a stored image of height and width `hw`, as they lie once its EXIF orientation, 1 to 8, is applied."""
+    """Boxes [N, 4] of a stored image of height and width `hw`, once its EXIF orientation, 1 to 8, is applied."""
     height, width = hw
     x1, y1, x2, y2 = boxes.T
     if orientation in (2, 3, 7, 8):  # mirrored left-right, in the stored image

@@ -21,9 +21,9 @@ NONE = ["model.weights=none"]
 
 
 def some_boxes(seed: int, count: int, hw: tuple[int, int]) -> NDArray[np.float64]:
-    """Tall boxes, as bottles have, of many sizes."""
+    """Tall boxes, as bottles seen from near have."""
     rng = np.random.default_rng(seed)
-    height = np.exp(rng.uniform(np.log(20), np.log(0.9 * hw[0]), count))
+    height = hw[0] * rng.uniform(0.3, 0.95, count)
     sides = np.minimum(np.stack([height * rng.uniform(0.25, 0.7, count), height], 1), hw[::-1])
     first = rng.random((count, 2)) * (np.array(hw[::-1]) - sides)
     return np.concatenate([first, first + sides], 1)

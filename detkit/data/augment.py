@@ -148,19 +148,15 @@ def single(
     if not close and rng.random() < settings.expand:
         larger, (left, top) = expand(size, settings.expand_max, rng)
     plan = geometry.plan(larger, canvas, rule)
-    corners = plan.to_canvas(np.array([[left, top, left + size[1], top + size[0]]], np.float64))[0]
-    x1, y1, x2, y2 = _whole(corners, plan.inner)
+    (inner_h, inner_w), (height, width) = plan.inner, larger
+    x1 = min(round(left * inner_w / width), inner_w - 1)
+    y1 = min(round(top * inner_h / height), inner_h - 1)
+    x2 = max(round((left + size[1]) * inner_w / width), x1 + 1)
+    y2 = max(round((top + size[0]) * inner_h / height), y1 + 1)
     mirrored = rng.random() < settings.flip
     if mirrored:
-        x1, x2 = plan.inner[1] - x2, plan.inner[1] - x1
+        x1, x2 = inner_w - x2, inner_w - x1
     return View(window, (x1, y1, x2, y2), mirrored), keep
-
-
-def _whole(box: NDArray[np.float64], hw: tuple[int, int]) -> Place:
-    """The box with whole edges, at least a pixel wide and high, within height and width `hw`."""
-    x1, y1, x2, y2 = np.rint(box).astype(int).tolist()
-    x1, y1 = min(x1, hw[1] - 1), min(y1, hw[0] - 1)
-    return x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)
 
 
 def tiles(
@@ -223,11 +219,15 @@ def _meet(a: Place, b: Place) -> bool:
 # --- pixels -----------------------------------------------------------------------------------------------------------
 
 
-def blank(canvas: tuple[int, int], fill: RGB) -> Labelled:
-    """A canvas of that height and width, of the fill colour, without objects."""
+_NOTHING = Objects(np.empty((0, 4)), np.empty(0, np.int64), np.empty(0, np.bool_))
+
+
+def blank(canvas: tuple[int, int], fill: RGB | None) -> Labelled:
+    """A canvas of that height and width, without objects, of the fill colour; None: for a view that covers it all."""
     image = np.empty((*canvas, 3), np.uint8)
-    cv2().rectangle(image, (0, 0), canvas[::-1], fill, -1)  # NumPy takes 20 times as long
-    return Labelled(image, Objects(np.empty((0, 4)), np.empty(0, np.int64), np.empty(0, np.bool_)))
+    if fill is not None:
+        cv2().rectangle(image, (0, 0), canvas[::-1], fill, -1)  # NumPy takes 20 times as long
+    return Labelled(image, _NOTHING)
 
 
 def lay(ground: Labelled, pixels: Pixels, objects: Objects, view: View, strict: bool = False) -> Labelled:
@@ -253,6 +253,8 @@ def lay(ground: Labelled, pixels: Pixels, objects: Objects, view: View, strict: 
 
 def joined(one: Objects, other: Objects) -> Objects:
     """The objects of both."""
+    if one is _NOTHING:
+        return other
     return Objects(*(np.concatenate(pair) for pair in zip(one, other, strict=True)))
 
 
@@ -273,8 +275,10 @@ def occlude(objects: Objects, places: Sequence[Place]) -> Objects:
 
 
 def _uncovered(box: NDArray[np.float64], covers: Boxes) -> tuple[NDArray[np.float64], float]:
-    """The bounding rectangle of what the covers leave of the box, and its share of the box's area."""
-    inside = np.clip(covers, np.tile(box[:2], 2), np.tile(box[2:], 2))
+    """The bounding rectangle of what the covers leave of the box, and its share of the box's area. Where less than half
+    a pixel is left between a cover's edge and the box's, nothing is."""
+    first, last = np.tile(box[:2], 2), np.tile(box[2:], 2)
+    inside = np.where(covers < first + 0.5, first, np.where(covers > last - 0.5, last, covers))
     # The edges of all cut the box into a grid, each cell of which is covered or free as a whole.
     xs, ys = (np.unique(np.concatenate([box[axis::2], inside[:, axis::2].ravel()])) for axis in (0, 1))
     across = (inside[:, :1] <= xs[:-1]) & (inside[:, 2:3] >= xs[1:])

@@ -117,7 +117,8 @@ class TrainSet(EvalSet):
         record = self.dataset[index]
         view, keep = changes.single(record.hw, record.boxes, self.augment, canvas, self.input.resize, rng, close)
         pixels = self.source(index, view.step)
-        return changes.lay(changes.blank(canvas, self.fill), pixels, _objects(record).chosen(keep), view)
+        ground = changes.blank(canvas, None if view.hw == canvas else self.fill)
+        return changes.lay(ground, pixels, _objects(record).chosen(keep), view)
 
     def _mosaic(self, index: int, canvas: tuple[int, int], rng: np.random.Generator) -> Labelled:
         indices = [index, *rng.integers(len(self), size=3).tolist()]

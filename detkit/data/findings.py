@@ -112,7 +112,8 @@ def located(line: int, what: str) -> str:
 def refusal(root: Path, errors: Sequence[Finding]) -> UserError:
     """The first error as one line that says what to do, and how many more there are."""
     first = errors[0]
-    more = f" ({len(errors) - 1} more error{'s' * (len(errors) > 2)}: run  detkit data audit {root} )" if len(errors) > 1 else ""
+    count = len(errors) - 1
+    more = f" ({count} more error{'s' * (count > 1)}: run  detkit data audit {root} )" if count else ""
     advice = KINDS[first.kind].advice
     return UserError(f"{root / first.file}: {located(first.line, first.what)}{more}. {advice}")
 

@@ -130,8 +130,10 @@ def decode(path: str, hw: tuple[int, int], step: float) -> Pixels:
         stored, orientation, reduction = (image.shape[0], image.shape[1]), 1, 1
     if (stored if orientation < 5 else stored[::-1]) != hw:
         raise UserError(f"{path}: no longer {hw[1]}x{hw[0]} pixels, as when its annotation was read; start anew")
-    spanned = np.array([[0, 0, image.shape[1] * reduction, image.shape[0] * reduction]], np.float64)
-    left, top, right, bottom = geometry.turned(spanned, stored, orientation)[0].tolist()
+    extent = (0.0, 0.0, float(image.shape[1] * reduction), float(image.shape[0] * reduction))
+    if orientation == 1:
+        return Pixels(image, extent)
+    left, top, right, bottom = geometry.turned(np.array([extent]), stored, orientation)[0].tolist()
     return Pixels(_turn(image, orientation), (left, top, right, bottom))
 
 

@@ -186,7 +186,7 @@ def _corners(box: _Box, width: int, height: int, line: int) -> Iterator[tuple[in
 
 
 def _place(
-    shown: Detections, boxes: Sequence[_Box], classes: Sequence[str], style: _Style, font: _Font, scores: bool
+    shown: Detections, boxes: Sequence[_Box], classes: Sequence[str], style: _Style, font: _Font, scores: bool = True
 ) -> list[_Tag | None]:
     """A tag for each detection, best first, where it covers least of the earlier tags and of the other products; None
     where it would bury them, or the picture is smaller than the tag."""

@@ -72,7 +72,7 @@ def tags(one: Detections, classes: tuple[str, ...]) -> list[tuple[str, NDArray[n
     style = render._style(one)
     font = render.ImageFont.load_default(style.font)
     boxes = [render._pixels(box, one.hw) for box in one.boxes]
-    placed = render._place(one, boxes, classes, style, font)
+    placed = render._place(one, boxes, classes, style, font, scores=True)
     return [(tag.text, np.array(tag.box)) for tag in placed if tag is not None]
 
 

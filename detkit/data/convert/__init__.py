@@ -165,7 +165,7 @@ def _check(photos: Iterable[Photo], classes: Sequence[str], root: Path, *, xml: 
     """Raise UserError where there is something that no file can hold."""
     known = set(classes)
     for name in classes:
-        if not name.strip() or "\n" in name or (xml and _NOT_IN_XML.search(name)):
+        if not name.strip() or name.splitlines() != [name] or (xml and _NOT_IN_XML.search(name)):
             raise UserError(f"{root}: class {shown(name)} can't be written in this format; rename it")
         try:
             name.encode()

@@ -372,7 +372,7 @@ def fraction(number: str) -> Decimal:
         value = Decimal(number)
     except InvalidOperation:
         raise ValueError(number) from None
-    if not value.is_finite() or abs(value) > 10**6:
+    if not value.is_finite() or (value and value.adjusted() > 6):
         raise ValueError(number)
     return value
 

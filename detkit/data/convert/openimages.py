@@ -46,8 +46,8 @@ def _descriptions(tree: Tree) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in tree.files:
         if "class-descriptions" in posixpath.basename(name) and name.endswith(".csv"):
-            for line, row in rows(tree.root / name):
-                if row[0] == "LabelName":
+            for line, row in rows(tree.root / name, ","):
+                if row[:2] == ["LabelName", "DisplayName"]:
                     continue
                 if len(row) < 2 or not row[0] or not row[1]:
                     refuse(tree.root / name, "not a label and its name", line)

@@ -47,14 +47,15 @@ _TENSORFLOW = ("image", "width", "height", "label", *_CORNERS)
 _YES, _NO = ("1", "true", "yes", "y", "1.0"), ("", "0", "false", "no", "n", "0.0", "-1")
 
 
-def rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The rows that aren't empty, each with its line. The separator is the comma, semicolon or tab that the first line
-    has most of. Raises UserError."""
+def rows(path: Path, delimiter: str = "") -> Iterator[tuple[int, list[str]]]:
+    """The rows that aren't empty, each with its line. Raises UserError.
+
+    delimiter: default: the comma, semicolon or tab that the first line has most of.
+    """
     content = text(path)
     first = re.sub(r'"[^"]*"', "", content.lstrip("\r\n").partition("\n")[0])
-    delimiter = max(",;\t", key=first.count)
-    if ";" in first and first.count(";") >= 5:
-        delimiter = ";"  # commas beside it are decimal ones
+    if not delimiter:  # commas beside semicolons are decimal ones
+        delimiter = ";" if first.count(";") >= 5 else max(",;\t", key=first.count)
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True)
     line = 1
     try:

@@ -232,6 +232,7 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
         (("can", "a\x01b"), "cvat", "can't be written"),
         (("can", "\ud800"), "csv", "not valid Unicode"),
         (("can", " "), "yolo", "can't be written"),
+        (("can", "two\x85lines"), "csv", "can't be written"),
     ],
 )
 def test_classes_that_cannot_be_written(
@@ -293,6 +294,18 @@ def test_photos_are_found_by_their_last_parts() -> None:
     assert images.find("c", suffix=False) == "b/c.jpg"
     assert images.find("b/d e", suffix=False) == "b/d e.jpg"
     assert images.find("") == images.find("x.jpg") == images.find("../" * 10_000) == ""
+
+
+@pytest.mark.parametrize("format_name", convert.FORMATS)
+@pytest.mark.parametrize(
+    "name", [";", ",", '"', "#", "- a", "no", "007", "LabelName", "<a>", "~", "a: b", "__ignore__"]
+)
+def test_class_names_that_mean_something_to_the_file(tmp_path: Path, format_name: str, name: str) -> None:
+    photos = make(tmp_path / "in", {"a.png": [(name, (1.0, 2.0, 3.0, 4.0), 0)]})
+    convert.write(format_name, {"": photos}, (name,), tmp_path / "in", tmp_path / "out")
+    source = convert.read(format_name, tmp_path / "out", None)
+    assert by_name(source.photos) == {"a.png": rows(photos[0])}
+    assert source.classes == (name,)
 
 
 # --- photos whose EXIF turns them, and other sizes than stated

@@ -162,6 +162,7 @@ def test_photos_in_another_folder(tmp_path: Path) -> None:
         (YAML, "0 0.5 0.5 0.1 nan", "'nan' is not a share"),
         (YAML, "0 0.5 0.5 0,1 0.1", "'0,1' is not a share"),
         (YAML, "0 0.5 0.5 1e999 0.1", "'1e999' is not a share"),
+        (YAML, "0 0.5 0.5 1e166666666666666667 0.1", "'1e166666666666666667' is not a share"),
         ("train: images/train\n", LINE, "no data.yaml with the class names"),
         ("train: images/train\nnames: []\n", LINE, "lists no class names"),
         ("train: images/train\nnames: [a, '']\n", LINE, "lists no class names, or an empty one"),
