@@ -1,5 +1,9 @@
 """Data benchmarks: side by side in one run, as ratios. One command each:
 
+    python benchmarks/data.py annotations ROOT   VOC XML to a split, against torchvision and xml.etree
+    python benchmarks/data.py start ROOT         the start of training on half a million photos
+    python benchmarks/data.py audit ROOT         an audit of a whole data set
+    python benchmarks/data.py scenes             scenes from cut-outs
     python benchmarks/data.py loader             photos to uint8 batches, against torchvision and others
     python benchmarks/data.py reduced MODEL      a checkpoint's mAP, decoded in full and as training does
 
@@ -9,22 +13,27 @@ Each writes its section of results/data.json and results/data.md and leaves the 
 from __future__ import annotations
 
 import datetime
+import gc
 import itertools
 import json
 import os
+import pickle
 import platform
+import shutil
 import statistics
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else importing it asks the network for a newer version
 
@@ -35,14 +44,16 @@ import torch
 import typer
 from PIL import Image
 from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import io, tv_tensors
+from torchvision.datasets import VOCDetection
 from torchvision.transforms import v2
 
 from detkit import checkpoint, geometry
 from detkit.config import Augment, Data, Input
-from detkit.data import augment, batch, cache, pixels
+from detkit.data import audit, augment, batch, cache, pixels, scan, voc
 from detkit.data.batch import Loader
 from detkit.data.dataset import EvalSet, Key, Sample, TrainSet
 from detkit.data.labels import DataSet
@@ -453,6 +464,185 @@ def reduced(model: str, data: Path | None = None, split: str | None = None) -> N
         "large enough to be decoded at a reduced scale."
     )
     save("reduced", "Reduced decoding: one checkpoint's mAP with and without it", note, rows)
+
+
+# --- annotations ------------------------------------------------------------------------------------------------------
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    gc.collect()
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _etree(paths: Sequence[str]) -> list[Any]:
+    """The least that gives names and boxes: no check of anything."""
+    found = []
+    for path in paths:
+        for thing in ElementTree.parse(path).getroot().iter("object"):
+            box = thing.find("bndbox")
+            assert box is not None
+            corners = [float(box.findtext(tag) or "") for tag in ("xmin", "ymin", "xmax", "ymax")]
+            found.append((thing.findtext("name"), corners))
+    return found
+
+
+def _parse_voc_xml(paths: Sequence[str]) -> list[Any]:
+    return [VOCDetection.parse_voc_xml(ElementTree.parse(path).getroot()) for path in paths]
+
+
+@app.command()
+def annotations(root: Path, repeats: int = 15) -> None:
+    """A data set's VOC XML, read with every check of training, against torchvision and xml.etree without any."""
+    data = Data(root=root)
+    files = voc.listing(data)
+    headers = scan.check(data, [item.image for item in scan.contents(data, files).items])
+    paths = [f"{root}/{name}" for name in files.annotations.names]
+    ours = partial(scan.scan, data, "all", files, check=lambda *_: headers)
+    runs = {"detkit": ours, "xml.etree": partial(_etree, paths), "torchvision": partial(_parse_voc_xml, paths)}
+    times = interleaved({name: partial(_seconds, run) for name, run in runs.items()}, repeats)
+
+    def ratio(one: str, other: str) -> str:
+        return f"{statistics.median(a / b for a, b in zip(times[one], times[other], strict=True)):.2f}"
+
+    rows = [
+        {"what": "detkit's time over a bare xml.etree loop's", "ratio": ratio("detkit", "xml.etree")},
+        {"what": "torchvision's parse_voc_xml's time over detkit's", "ratio": ratio("torchvision", "detkit")},
+    ]
+    note = (
+        f"{len(paths)} VOC annotations (in the page cache) to a split that can be trained on: every check of training "
+        "but the photos' own headers, which are given. xml.etree collects names and corners, torchvision makes its "
+        f"dicts; neither checks anything. Medians of the ratios of {repeats} interleaved rounds."
+    )
+    save("annotations", "Reading annotations", note, rows)
+
+
+# --- start ------------------------------------------------------------------------------------------------------------
+
+# What a fresh process does: load, then seconds and MiB that it took, as JSON.
+_LOAD = """
+import json, pickle, resource, sys, time
+from pathlib import Path
+from detkit.config import Data
+from detkit.data import cache, voc
+
+def memory():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+what, data = sys.argv[1], Data(root=Path(sys.argv[2]), cache=Path(sys.argv[3]))
+place, digest = cache.paths(data, "train")[0], sys.argv[4]
+before, started = memory(), time.perf_counter()
+if what == "dicts":
+    with open(sys.argv[5], "rb") as file:
+        found = pickle.load(file)
+elif what == "detkit":
+    found = cache.read(place, digest, sys.argv[2])
+else:
+    found = cache.load(data, "train")
+taken, more = time.perf_counter() - started, memory() - before
+print(json.dumps([taken, more, len(found)]))
+"""
+
+
+def _replicate(root: Path, out: Path, records: int) -> None:
+    """The data set over and over, in sub-folders, by hard links: as many photos as `records`."""
+    found = cache.load(Data(root=root, cache=out / "first"), "all")
+    names = [Path(found.name(index)) for index in range(len(found))]
+    place = next(folder for folder in (root / "Annotations", root) if (folder / f"{names[0].stem}.xml").is_file())
+    for kind in ("JPEGImages", "Annotations"):
+        shutil.copytree(root / kind if kind == "JPEGImages" else place, out / "originals" / kind)
+        for copy in range(-(-records // len(names))):
+            (out / "set" / kind / str(copy)).mkdir(parents=True)
+    (out / "set" / "ImageSets" / "Main").mkdir(parents=True)
+    lines = []
+    for record in track(range(records), "linking files", console=console):
+        copy, name = divmod(record, len(names))
+        photo = names[name].relative_to("JPEGImages")
+        for kind, file in (("JPEGImages", photo), ("Annotations", photo.with_suffix(".xml"))):
+            os.link(out / "originals" / kind / file, out / "set" / kind / str(copy) / file)
+        lines.append(f"{copy}/{photo.with_suffix('')}\n")
+    (out / "set" / "ImageSets" / "Main" / "train.txt").write_text("".join(lines), encoding="utf-8")
+
+
+@app.command()
+def start(root: Path, records: int = 494_700, repeats: int = 5) -> None:
+    """The start of training on a large data set (a VOC set, replicated), against a pickled list of dicts. Linux."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        out = Path(temporary)
+        _replicate(root, out, records)
+        data = Data(root=out / "set", cache=out / "cache")
+        cold = _seconds(lambda: cache.load(data, "train"))
+        found = cache.load(data, "train")
+        records_as_dicts = [
+            {"path": found.name(index), "height": record.hw[0], "width": record.hw[1], "boxes": record.boxes.tolist(),
+             "labels": record.labels.tolist(), "difficult": (record.flags & 1).astype(bool).tolist()}
+            for index in range(len(found)) for record in [found[index]]
+        ]  # fmt: skip
+        (out / "dicts.pickle").write_bytes(pickle.dumps(records_as_dicts, protocol=5))
+        del records_as_dicts
+        listed = [_seconds(lambda: cache.key(data, "train", voc.listing(data))) for _ in range(repeats)]
+        digest = cache.key(data, "train", voc.listing(data))
+        arguments = [str(data.root), str(data.cache), digest, str(out / "dicts.pickle")]
+        memory: dict[str, float] = {}
+
+        def timed(what: str) -> float:
+            command = [sys.executable, "-c", _LOAD, what, *arguments]
+            taken, memory[what], count = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+            assert count == records
+            return float(taken)
+
+        times = interleaved({what: partial(timed, what) for what in ("dicts", "detkit", "start")}, repeats)
+        size, bytes_of_dicts = cache.paths(data, "train")[0].stat().st_size, (out / "dicts.pickle").stat().st_size
+    faster = statistics.median(a / b for a, b in zip(times["dicts"], times["detkit"], strict=True))
+    whole = statistics.median(a / b for a, b in zip(times["dicts"], times["start"], strict=True))
+    checked = statistics.median(listed) / statistics.median(times["detkit"])
+    rows = [
+        {"what": "loading: time of a pickled list of dicts over detkit's columns", "ratio": f"{faster:.0f}"},
+        {"what": "loading: memory of the same", "ratio": f"{memory['dicts'] / memory['detkit']:.1f}"},
+        {"what": "file size of the same", "ratio": f"{bytes_of_dicts / size:.1f}"},
+        {"what": "validation (stat of every file) over loading the columns", "ratio": f"{checked:.0f}"},
+        {"what": "loading a list of dicts, unvalidated, over validation and loading", "ratio": f"{whole:.2f}"},
+        {
+            "what": "first start (every file read) over a later one",
+            "ratio": f"{cold / statistics.median(times['start']):.0f}",
+        },
+    ]
+    note = (
+        f"{records} photos with {len(found.labels)} objects, replicated from {root.name} by hard links, so "
+        f"{2 * records} files to stat. Each load in a fresh process; medians of {repeats} interleaved rounds."
+    )
+    save("start", "Start of training on a large data set", note, rows)
+
+
+# --- audit ------------------------------------------------------------------------------------------------------------
+
+
+def _decoded(paths: Sequence[str]) -> None:
+    for path in paths:
+        with Image.open(path) as image:
+            image.load()
+
+
+@app.command("audit")
+def audit_photos(root: Path, repeats: int = 5) -> None:
+    """An audit of a whole data set, decoding and all, against decoding its photos in one process."""
+    data = Data(root=root)
+    paths = [f"{root}/{name}" for name in voc.listing(data).images.names]
+    runs = {"audit": partial(audit.run, data), "decode": partial(_decoded, paths)}
+    times = interleaved({name: partial(_seconds, run) for name, run in runs.items()}, repeats)
+    ratio = statistics.median(a / b for a, b in zip(times["audit"], times["decode"], strict=True))
+    rate = len(paths) / statistics.median(times["audit"])
+    rows = [
+        {
+            "photos": len(paths),
+            "photos/s": f"{rate:.0f}",
+            "time over Pillow's decoding alone, one process": f"{ratio:.2f}",
+        }
+    ]
+    note = f"{root.name}, all splits, {os.cpu_count()} processes; medians of {repeats} interleaved rounds."
+    save("audit", "Audit", note, rows)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,16 @@ def test_two_runs_with_one_seed_are_equal_whatever_the_workers(tmp_path, console
     same_weights(first, second)
 
 
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_so_they_are_with_a_cache_rare_classes_and_canvases_of_many_sizes(tmp_path, console, cache):
+    more = ["train.epochs=1", "train.sampler=repeat-factor", "train.repeat_threshold=0.5", "augment.mosaic=0.3"]
+    more += [f"train.cache={cache}", "train.multi_scale=[0.7, 1.3]", "augment.mixup=0.3", "augment.copy_paste=0.3"]
+    first = train.start(settings(tmp_path, *more), console)
+    second = train.start(settings(tmp_path, *more, "train.workers=2"), console)
+    same_weights(first, second)
+    assert len(list((tmp_path / "cache").glob("*.pixels"))) == (cache == "disk")
+
+
 def same_weights(first, second):
     one, other = (checkpoint.read(run / "last.safetensors").weights for run in (first, second))
     assert one.keys() == other.keys()

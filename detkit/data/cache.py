@@ -140,7 +140,7 @@ def load(data: Data, split: str, progress: Progress | None = None) -> DataSet:
     files = _settled(data)
     digest = key(data, split, files)
     for path in paths(data, split):
-        found = _read(path, digest, str(data.root))
+        found = read(path, digest, str(data.root))
         if found is not None:
             return found
     return _build(data, split, files, digest, progress)
@@ -292,8 +292,8 @@ def _open(path: Path) -> Any:
         return None
 
 
-def _read(path: Path, digest: str, root: str) -> DataSet | None:
-    """The cached DataSet; None where there is none, or it is stale or damaged."""
+def read(path: Path, digest: str, root: str) -> DataSet | None:
+    """The DataSet in a cache file of that key; None where there is none, or it is stale or damaged."""
     content = _open(path)
     try:
         if content is None or content["key"] != digest:

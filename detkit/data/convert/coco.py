@@ -243,7 +243,7 @@ def _flags(annotation: dict[str, Any]) -> int:
 def _rle_box(mask: dict[str, Any]) -> list[float]:
     """The box round a run-length encoded mask [h, w], column by column, zeros first; a zero box where it is empty.
 
-    Not pycocotools, which takes a size that disagrees with the counts and a height of 0 without a check.
+    Not pycocotools' toBbox, which gives a box, beyond the image perhaps, for counts that don't fit the size.
     """
     height, width = (int(finite(side)) for side in mask["size"])
     counts = mask["counts"]

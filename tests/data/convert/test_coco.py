@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pycocotools import mask as mask_tools
+from pycocotools.coco import COCO
 
 from detkit.data import convert
 from detkit.data.convert.coco import _rle_box
 from detkit.types import CROWD, DIFFICULT, OCCLUDED
 from tests.data.convert.sets import kinds, put, refusal, rows
 from tests.data.photos import save_image
-
-coco_tools = pytest.importorskip("pycocotools.coco")
-mask_tools = pytest.importorskip("pycocotools.mask")
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -165,7 +164,7 @@ def test_boxes_and_images_are_pycocotools(tmp_path: Path) -> None:
     categories = [{"id": index, "name": f"c{index}"} for index in range(3)]
     path = put(tmp_path / "a.json", {"images": images, "annotations": annotations, "categories": categories})
     with contextlib.redirect_stdout(io.StringIO()):
-        reference = coco_tools.COCO(path)
+        reference = COCO(path)
     photos = convert.read("coco", tmp_path, None).photos
     assert [photo.annotation.filename for photo in photos if photo.annotation] == [
         image["file_name"] for image in images
@@ -185,7 +184,7 @@ def test_pycocotools_reads_what_is_written(tmp_path: Path) -> None:
     read(tmp_path / "in", document())
     convert.convert(tmp_path / "in", tmp_path / "out", "coco")
     with contextlib.redirect_stdout(io.StringIO()):
-        reference = coco_tools.COCO(tmp_path / "out/annotations/instances_train.json")
+        reference = COCO(tmp_path / "out/annotations/instances_train.json")
     (first, second) = reference.loadAnns(reference.getAnnIds())
     assert (first["bbox"], first["area"], first["iscrowd"]) == ([1, 2, 3.5, 4], 14, 0)
     assert (second["bbox"], second["iscrowd"]) == ([0.1, 0.1, 0.2, 0.2], 1)
