@@ -36,6 +36,8 @@ ModelOption = Annotated[
 ]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DeviceOption = Annotated[Device, typer.Option(help="where the network runs")]
+Nms = Literal["none", "hard", "soft", "weighted"]
+NmsOption = Annotated[Nms, typer.Option(help="overlapping boxes: as they are, NMS, soft-NMS, or weighted boxes fusion")]
 
 FormatOption = Annotated[
     Literal["voc", "coco", "yolo", "labelme", "cvat", "openimages", "csv"],
@@ -112,11 +114,12 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="default: the run's validation split")] = None,
     device: DeviceOption = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+    nms: NmsOption = "hard",
 ) -> None:
     """Measure a trained detector: COCO mAP and VOC AP50."""
     from detkit import evaluate as job
 
-    job.run(model, data, split, device, json_file, _console())
+    job.run(model, data, split, device, json_file, _console(), nms)
 
 
 @app.command()
@@ -129,25 +132,27 @@ def predict(
     ] = "json",
     score: Annotated[float | None, typer.Option(min=0, max=1, help="lowest score shown; default: the model's")] = None,
     device: DeviceOption = "auto",
+    nms: NmsOption = "hard",
 ) -> None:
     """Find the products in photos: a table, annotated pictures, and JSON or VOC XML."""
     from detkit.runtime import predict as job
 
-    failures = job.predict(_detector(model, device), photos, out, format=file_format, score=score, console=_console())
+    detector = _detector(model, device, nms)
+    failures = job.predict(detector, photos, out, format=file_format, score=score, console=_console())
     raise typer.Exit(1 if failures else 0)
 
 
-def _detector(model: str | None, device: Device) -> Detector:
+def _detector(model: str | None, device: Device, nms: Nms) -> Detector:
     """What `detkit predict` runs: a Session for an .onnx file (torch-free), else a checkpoint under torch."""
     if model is not None and Path(model).suffix == ".onnx":
         from detkit.runtime.session import Session
 
         if device == "mps":
             raise UserError("--device mps: ONNX files run on auto, cpu or cuda")
-        return Session(model, device=device)
+        return Session(model, device=device, nms=nms)
     from detkit import checkpoint
 
-    return checkpoint.TorchSession(checkpoint.find(model), device)
+    return checkpoint.TorchSession(checkpoint.find(model), device, nms)
 
 
 @app.command()
@@ -155,11 +160,14 @@ def export(
     run: Annotated[str | None, typer.Argument(help="a run folder or a checkpoint; default: the newest run")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="the .onnx file; default: beside the model")] = None,
     data: Annotated[Path | None, typer.Option(help="data set to check it on; default: the run's")] = None,
+    nms: Annotated[
+        Literal["hard", "none"], typer.Option(help="none: left to  detkit predict --nms, or to your own code")
+    ] = "hard",
 ) -> None:
     """Write an ONNX file that takes pixels and gives boxes, after checking it against torch on real photos."""
     from detkit import export as job
 
-    job.run(run, out, data, _console())
+    job.run(run, out, data, _console(), nms)
 
 
 @data_app.command()

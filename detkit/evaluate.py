@@ -22,12 +22,18 @@ from detkit.data.labels import DataSet
 from detkit.errors import UserError
 from detkit.files import atomic_write
 from detkit.nn.detector import Predictor
+from detkit.runtime import merge
 from detkit.runtime.session import detections
 from detkit.types import Detections
 
 
-def detect(predictor: Predictor, loader: Loader, device: torch.device, console: Console) -> list[Detections]:
-    """The detections of every photo that the loader gives, in its order, in pixels of the original photo."""
+def detect(
+    predictor: Predictor, loader: Loader, device: torch.device, console: Console, nms: merge.Kind = "hard"
+) -> list[Detections]:
+    """The detections of every photo that the loader gives, in its order, in pixels of the original photo.
+
+    nms: what becomes of candidates that overlap, where the predictor's rule leaves that open.
+    """
     found: list[Detections] = []
     with bar(console) as progress, torch.inference_mode():
         task = progress.add_task("evaluating", total=len(loader))
@@ -35,16 +41,21 @@ def detect(predictor: Predictor, loader: Loader, device: torch.device, console: 
             images = batch.images.to(device, non_blocking=True)
             outputs = [tensor.cpu().numpy() for tensor in predictor(images)]
             for plan, *rows in zip(batch.plans, *outputs, strict=True):
-                found.append(detections(plan, *rows))
+                found.append(merge.merge(detections(plan, *rows), nms, predictor.rule))
             progress.advance(task)
     return found
 
 
 def evaluate(
-    predictor: Predictor, loader: Loader, dataset: DataSet, device: torch.device, console: Console
+    predictor: Predictor,
+    loader: Loader,
+    dataset: DataSet,
+    device: torch.device,
+    console: Console,
+    nms: merge.Kind = "hard",
 ) -> dict[str, Any]:
-    """The figures of `metrics.evaluate` for a predictor on a split."""
-    found = detect(predictor, loader, device, console)
+    """The figures of `metrics.evaluate` for a predictor on a split; nms: as for `detect`."""
+    found = detect(predictor, loader, device, console, nms)
     return metrics.evaluate([dataset[i] for i in range(len(dataset))], found, dataset.classes)
 
 
@@ -76,13 +87,21 @@ def load_split(data: Data, split: str, console: Console) -> DataSet:
 
 
 def run(
-    model: str | None, root: Path | None, split: str | None, device: Device, json_file: Path | None, console: Console
+    model: str | None,
+    root: Path | None,
+    split: str | None,
+    device: Device,
+    json_file: Path | None,
+    console: Console,
+    nms: merge.Kind = "hard",
 ) -> dict[str, Any]:
     """``detkit eval``: print the figures of a run or checkpoint on a split, and write them to `json_file`.
 
     Raises UserError where the data set's classes are not the model's.
     """
     trained = checkpoint.read(checkpoint.find(model))
+    if nms != "hard":
+        trained = trained.without_nms()
     settings = trained.config
     data = trained.data(root)
     dataset = load_split(data, split or data.val, console)
@@ -90,7 +109,7 @@ def run(
         raise UserError(f"{data.root}: its classes are not those of {trained.path}: {_difference(dataset, trained)}")
     loader = Loader(EvalSet(dataset, settings.input), settings.train.batch_size, settings.train.workers)
     where = pick_device(device)
-    figures = evaluate(trained.predictor().to(where), loader, dataset, where, console)
+    figures = evaluate(trained.predictor().to(where), loader, dataset, where, console, nms)
     console.print(table(figures, f"{trained.path} on {dataset.root}, {split or data.val}"))
     console.print(f"VOC AP50 {figures['VOC_AP50']:.3f}   AP75 {figures['mAP75']:.3f}   AR {figures['AR']:.3f}")
     if json_file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import math
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from detkit import checkpoint, config
 from detkit.checkpoint import pick_device
 from detkit.console import bar, counting, duration
-from detkit.data import cache, findings, pixels
+from detkit.data import cache, findings, pixels, stats
 from detkit.data.batch import Loader, repeat_factors
 from detkit.data.dataset import EvalSet, TrainSet
 from detkit.errors import Interrupted, UserError
@@ -33,6 +34,7 @@ from detkit.files import atomic_write, next_folder
 from detkit.nn import weights
 from detkit.nn.contract import Losses
 from detkit.nn.detector import Detector, Predictor, Trainable
+from detkit.optim import Muon
 from detkit.types import Batch
 
 # What of a Run is saved for resuming.
@@ -58,6 +60,8 @@ def make_optimizer(detector: Detector, settings: config.Optimizer) -> Optimizer:
         for (in_backbone, decays), members in groups.items()
     ]
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in detector.parameters())
+    if settings.name == "muon":
+        return Muon(parameters, settings.lr, settings.momentum)
     if settings.name == "adamw":
         return AdamW(parameters, betas=(settings.momentum, 0.999), fused=fused)
     return SGD(parameters, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=fused)
@@ -176,6 +180,11 @@ class Run:
         """Write what resuming needs."""
         checkpoint.write_state(self.folder / checkpoint.STATE, self.state())
 
+    def rng(self) -> torch.Generator:
+        """What the head draws its samples with in this step; it depends on the seed and the step alone."""
+        key = random.Random(f"{self.settings.train.seed} {self.schedule.last_epoch}").getrandbits(63)
+        return torch.Generator(self.device).manual_seed(key)
+
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One optimiser step; returns the parts of the loss. Raises UserError where the loss is not finite."""
         cfg = self.settings.train
@@ -187,7 +196,7 @@ class Run:
         )
         dtype = torch.float16 if cfg.precision == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype, enabled=cfg.precision != "fp32"):
-            parts = divide(self.model(batch))
+            parts = divide(self.model(batch, self.rng()))
         values = dict(zip(parts, torch.stack([*parts.values()]).detach().tolist(), strict=True))
         if not all(math.isfinite(value) for value in values.values()):
             names = ", ".join(Path(self.train_data[int(i)].path).name for i in batch.index)
@@ -258,6 +267,14 @@ class Run:
         checkpoint.write(self.folder / name, weights_now, self.settings, self.classes, self.epoch, figures)
 
 
+def remark(run: Run) -> str | None:
+    """What the head has to say of the training photos' objects, as they lie on the canvas; None: nothing."""
+    data, canvas = run.train_data, run.settings.input
+    learnt = stats.measured(data)
+    boxes = stats.on_canvas(data, canvas.size, canvas.resize, learnt)
+    return run.detector.head.remark(torch.from_numpy(boxes), torch.from_numpy(stats.photo_index(data)[learnt]))
+
+
 def start(settings: config.Config, console: Console) -> Path:
     """Train a new run. Returns its folder. Raises UserError for the user's mistakes, Interrupted when stopped."""
     # Absolute, so that the run can be resumed, measured and exported from any folder.
@@ -270,6 +287,8 @@ def start(settings: config.Config, console: Console) -> Path:
     if settings.train.recalibrate_bn and report:
         run.recalibrate()
     run.predictor.follow(run.detector, 0)
+    if said := remark(run):
+        console.print(said, highlight=False, style="yellow")
     run.folder = next_folder(settings.runs / f"{settings.name}-")
     atomic_write(run.folder / "config.yaml", config.dump(settings))
     findings.write(run.folder / "findings.jsonl", (*run.train_data.findings, *run.val_data.findings))

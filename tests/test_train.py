@@ -1,6 +1,7 @@
 """Training, from the pieces to whole runs on shelf-mini."""
 
 import csv
+import io
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -10,8 +11,10 @@ import torch
 from rich.console import Console
 
 from detkit import checkpoint, config, train
+from detkit.data import cache
 from detkit.errors import Interrupted, UserError
 from detkit.nn.detector import Detector
+from detkit.types import CROWD, DIFFICULT
 
 SHELF = Path(__file__).parent.parent / "datasets" / "shelf-mini"
 TINY = [
@@ -157,6 +160,25 @@ def test_every_config_trains(tmp_path, console, name):
     batch = next(one.loader.epoch(0))
     losses = [sum(one.train_step(batch).values()) for _ in range(3)]
     assert losses[-1] < losses[0]
+
+
+def test_what_the_head_has_to_say_of_the_photos_is_said(tmp_path):
+    """Here: how many objects share a cell of the grid of the first YOLO."""
+    tiny = [item for item in TINY if "width" not in item and "neck" not in item]
+    more = ["input.size=[96, 96]", "model.backbone.name=vgg11", "model.head.grid=3", "model.head.hidden=8"]
+    own = [f"runs={tmp_path / 'runs'}", f"data.cache={tmp_path / 'cache'}", "model.weights=none", "train.epochs=1"]
+    said = io.StringIO()
+    cfg = config.load("yolo_v1_vgg.yaml", [*tiny, *more, *own])
+    train.start(cfg, Console(file=said, width=300))
+    records = cache.load(cfg.data, "train")
+    places = [
+        (i, *((box[:2] + box[2:]) / 2 / record.hw[::-1] * 3).astype(int))
+        for i, record in enumerate(records[j] for j in range(len(records)))
+        for box in record.boxes[(record.flags & (DIFFICULT | CROWD)) == 0]
+    ]
+    shared = len(places) - len(set(places))
+    assert f"{shared} of {len(places)} objects" in said.getvalue()
+    assert shared > 100
 
 
 def test_recalibrated_statistics_are_those_of_the_photos(tmp_path, console):
