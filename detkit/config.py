@@ -350,8 +350,8 @@ class Model(Settings):
     select: Select = Select()
     weights: str = Field(
         "none",
-        description="none | a .pth or .safetensors of torchvision's key names | torchvision (the reference detector) "
-        "| imagenet or a torchvision weights name such as VGG16_Weights.IMAGENET1K_V1 (downloaded)",
+        description="none | a .pth or .safetensors of torchvision's or timm's key names | torchvision (the reference "
+        "detector) | imagenet or a torchvision weights name such as VGG16_Weights.IMAGENET1K_V1 (downloaded)",
     )
     norm: Literal["bn", "group", "sync_bn", "frozen"] = Field(
         "bn",
@@ -556,7 +556,7 @@ def _reason(error: Any) -> str:
         return f"{dotted}.name: should be one of {tags}, not {tag}{nearest(tag, tags.split(', '))}"
     if kind == "literal_error" and len(choices := re.findall("'([^']+)'", error["ctx"]["expected"])) > 12:
         close = nearest(str(error["input"]), choices)
-        return f"{dotted}: none of its {len(choices)} choices is {error['input']!r:.60}{close}; see detkit config --schema"
+        return f"{dotted}: {error['input']!r:.60} is none of {len(choices)} names{close}; see detkit config --schema"
     if kind == "union_tag_not_found":
         return f"{dotted}.name: missing"
     reason = error["msg"].removeprefix("Value error, ")

@@ -124,7 +124,8 @@ def load(detector: Detector, model: config.Model) -> Report | None:
         )
     fitting = {name: given[name] for name in own if name not in missing and name not in mismatched}
     detector.load_state_dict(fitting, strict=False)
-    unexpected = tuple(name for name in given if name not in detector.state_dict())
+    known = detector.state_dict().keys()
+    unexpected = tuple(name for name in given if name not in known)
     return Report(source, len(fitting), missing, mismatched, unexpected)
 
 

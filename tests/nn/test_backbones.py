@@ -267,32 +267,26 @@ def test_an_exchanged_layer_is_the_one_that_runs() -> None:
     assert any(isinstance(layer, nn.SyncBatchNorm) for stage in backbone.stages for layer in stage)
 
 
+def test_a_network_that_nobody_publishes_weights_of() -> None:
+    settings = model("csp").model_copy(update={"weights": "imagenet"})
+    with pytest.raises(UserError, match=r"model\.weights=imagenet: nobody publishes weights of csp"):
+        weights.load(Detector(settings, config.Input(size=(64, 64)), 3), settings)
+
+
 # ----- timm
 
 
-@pytest.mark.parametrize("name", [*TIMM[:3], "pit_ti_224"])
-def test_maps_are_timms_and_survive_a_copy(name: str) -> None:
-    backbone = build(name).eval()
-    theirs = timm.create_model(name, features_only=True).eval()
-    theirs.load_state_dict(backbone.net.state_dict(), strict=False)
-    image = torch.randn(2, 3, *(backbone.only or (64, 96)))
-    channels_last = str(theirs.output_fmt).endswith("NHWC") if hasattr(theirs, "output_fmt") else False
-    with torch.inference_mode():
-        wanted = [feat.permute(0, 3, 1, 2) if channels_last else feat for feat in theirs(image)][-3:]
-        for network in (backbone, copy.deepcopy(backbone)):
-            for ours, map_ in zip(network(image), wanted, strict=True):
-                torch.testing.assert_close(ours, map_)
-
-
-@pytest.mark.parametrize("name", [*TIMM[:4], "resnet18", "inception_resnet_v2"])
-def test_a_file_with_timms_names_loads_whole(name: str, tmp_path: Path) -> None:
-    theirs = timm.create_model(name).eval()
-    path = tmp_path / "theirs.safetensors"
-    if name == "test_byobnet":
-        path = tmp_path / "theirs.pth"
-        torch.save({"state_dict": theirs.state_dict()}, path)
+@pytest.mark.parametrize(
+    "name",
+    [*TIMM[:3], "pit_ti_224", "resnet18", pytest.param("inception_resnet_v2", marks=pytest.mark.slow)],
+)
+def test_a_file_of_timms_gives_timms_maps_and_survives_a_copy(name: str, tmp_path: Path) -> None:
+    path = tmp_path / ("theirs.pth" if name == "test_byobnet" else "theirs.safetensors")
+    state = timm.create_model(name).state_dict()
+    if path.suffix == ".pth":
+        torch.save({"state_dict": state}, path)
     else:
-        save_file(theirs.state_dict(), path)
+        save_file(state, path)
     settings = model(name).model_copy(
         update={"weights": str(path), "backbone": config.Backbone(name="timm", model=name)}
     )
@@ -300,23 +294,17 @@ def test_a_file_with_timms_names_loads_whole(name: str, tmp_path: Path) -> None:
     report = weights.load(detector, settings)
     assert report is not None
     assert {key.split(".")[0] for key in report.missing} == {"neck", "head"}
-    theirs_features = timm.create_model(name, features_only=True).eval()
-    theirs_features.load_state_dict({k.removeprefix("net."): v for k, v in detector.backbone.state_dict().items()})
-    mine, total = detector.backbone.state_dict(), theirs.state_dict()
-    assert sorted(float(v.double().sum()) for v in mine.values()) == sorted(
-        float(v.double().sum()) for k, v in total.items() if k in inverse(detector.backbone, total)
-    )
-    if hasattr(theirs, "forward_intermediates"):
-        image = torch.randn(1, 3, 96, 96)
-        with torch.inference_mode():
-            last = theirs.forward_intermediates(image, intermediates_only=True)[-1]
-            torch.testing.assert_close(detector.backbone(image)[-1], last)
-
-
-def inverse(backbone: Backbone, state: dict[str, Tensor]) -> set[str]:
-    """timm's names of what the backbone takes from a state dict."""
-    taken = backbone.state_dict()
-    return {theirs for theirs in state for ours in backbone.own_names({theirs: state[theirs]}) if ours in taken}
+    # The file as timm itself loads it.
+    theirs = timm.create_model(name, features_only=True, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+    image = torch.randn(2, 3, *(detector.backbone.only or (96, 128)))
+    with torch.inference_mode():
+        wanted = theirs.eval()(image)[-3:]
+        for backbone in (detector.backbone, copy.deepcopy(detector.backbone)):
+            for ours, map_ in zip(backbone(image), wanted, strict=True):
+                map_ = map_.permute(0, 3, 1, 2) if map_.shape[1] != ours.shape[1] else map_
+                lost = [(have - has) // 2 for have, has in zip(ours.shape[2:], map_.shape[2:], strict=True)]
+                inside = ours[:, :, lost[0] : lost[0] + map_.shape[2], lost[1] : lost[1] + map_.shape[3]]
+                torch.testing.assert_close(inside, map_)
 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:
@@ -421,12 +409,13 @@ def test_layers_that_no_map_needs_are_not_trained() -> None:
 
 
 def test_stages_that_can_not_be_told_apart() -> None:
-    build("twins_svt_small")
-    with pytest.raises(UserError, match=r"model\.backbone\.freeze: the stages of twins_svt_small"):
-        build("twins_svt_small", freeze=1)
+    with torch.device("meta"):
+        build("twins_svt_small")
+        with pytest.raises(UserError, match=r"model\.backbone\.freeze: the stages of twins_svt_small"):
+            build("twins_svt_small", freeze=1)
 
 
-@pytest.mark.parametrize("name", ["test_mambaout", "alexnet", "cspnext_tiny"])
+@pytest.mark.parametrize("name", ["test_mambaout", "alexnet", pytest.param("cspnext_tiny", marks=pytest.mark.slow)])
 def test_it_exports(name: str) -> None:
     detector = Detector(model(name), config.Input(size=(64, 96)), 3)
     photos = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8)

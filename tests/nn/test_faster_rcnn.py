@@ -376,6 +376,15 @@ def test_pyramid_align_is_torchvisions() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
 
 
+def test_pyramid_align_is_a_well_formed_operator() -> None:
+    feats = [torch.randn(2, 3, 8, 6), torch.randn(2, 3, 4, 3)]
+    boxes = torch.tensor([[0.0, 0, 20, 30], [5, 5, 6, 6], [0, 0, 0, 0]]).repeat(2, 1, 1)
+    given = (feats, boxes, torch.tensor([[0, 1, 0]] * 2), [4, 8], 3, 2)
+    torch.library.opcheck(torch.ops.detkit.pyramid_align.default, given)
+    with torch.no_grad():
+        assert torch.equal(pyramid_align(*given), torch.ops.detkit.pyramid_align(*given))
+
+
 def test_a_box_of_the_canonical_side_has_stride_16() -> None:
     sides = torch.tensor([56, 111.9, 112, 223.9, 224, 447.9, 448, 2000, 0])
     boxes = torch.stack([torch.zeros(9), torch.zeros(9), sides, sides], 1)
@@ -641,7 +650,7 @@ def test_bfloat16_is_near_and_decodes_in_float32(name: str) -> None:
             torch.testing.assert_close(got.sums[key], value, rtol=0.05, atol=0.05)
 
 
-@CONFIGS
+@pytest.mark.parametrize("name", ["faster_rcnn_mobilenet", "faster_rcnn_vgg"])
 def test_onnx_finds_the_same_at_any_batch_size(name: str) -> None:
     detector = tiny(name, "model.head.proposals=60", "model.head.candidates=200")
     sharpen(detector)

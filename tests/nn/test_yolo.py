@@ -12,16 +12,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import box_iou, complete_box_iou_loss
 
-from detkit import config
+from detkit import config, export
 from detkit.errors import UserError
 from detkit.nn import heads, matching
 from detkit.nn.anchors import cells
 from detkit.nn.boxes import ciou, iou
 from detkit.nn.contract import Head, Losses
-from detkit.nn.detector import Detector, Trainable
+from detkit.nn.detector import Detector, Predictor, Trainable
 from detkit.nn.heads import yolo, yolo_v1
 from detkit.nn.heads.yolo import distribution_focal_loss
 from detkit.nn.losses import align
@@ -566,3 +567,29 @@ def test_every_parameter_of_a_detector_is_reached_by_every_batch(name: str, coun
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
+
+
+@pytest.mark.parametrize("name", ["yolo_nano", "yolo_v1_vgg"])
+def test_onnx_finds_what_torch_finds(name: str) -> None:
+    """In batches of 1, 3 and 8, from random weights whose scores differ from place to place."""
+    settings = config.load(name, [*TINY[name], "model.weights=none", "model.select.keep=50"])
+    detector = Detector(settings.model, settings.input, CLASSES).train()
+    rng = torch.Generator().manual_seed(1)
+    coarse = torch.rand(4, 3, 4, 6, generator=rng) * 255
+    photos = F.interpolate(coarse, settings.input.size, mode="bicubic").clamp(0, 255).to(torch.uint8)
+    with torch.no_grad():
+        for _ in range(5):
+            detector(photos)  # BatchNorm's statistics
+        if isinstance(detector.head, yolo.YOLOHead):
+            for branch in detector.head.scores:
+                branch[-1].weight.normal_(std=0.2, generator=rng)
+                branch[-1].bias.fill_(-1)
+        else:
+            detector.head.predict.weight.normal_(std=0.2, generator=rng)
+    predictor = Predictor(detector, settings.model.select)
+    graph = export.graph(predictor.eval(), {"images": photos[:2]})
+    result = export.check(graph.SerializeToString(), predictor, photos)
+    assert result.detections > 50
+    assert result.ties < result.detections / 20
+    assert result.box < 0.01
+    assert result.score < 1e-4
