@@ -101,11 +101,9 @@ def owners(boxes_BN4: Tensor, targets: Targets) -> Tensor:
 
 
 @torch.no_grad()
-def match_aligned(
-    boxes_BA4: Tensor, scores_BAC: Tensor, centres_A2: Tensor, targets: Targets, top: int
-) -> Match:
+def match_aligned(boxes_BA4: Tensor, scores_BAC: Tensor, centres_A2: Tensor, targets: Targets, top: int) -> Match:
     """Task-aligned assignment (TOOD, Feng 2021): an object's candidates are the `top` ones, with their centre inside
-    it, of highest score^0.5 * IoU^power of what they predict now; a candidate that several objects want goes to the
+    it, of highest score^0.5 * IoU^6 of what they predict now; a candidate that several objects want goes to the
     one it overlaps most. Quality is the alignment, scaled so that an object's best equals its best IoU.
 
     boxes, scores: the predictions, decoded and in [0, 1]. centres: of the candidates' cells, in pixels.

@@ -24,7 +24,7 @@ def levels_of(boxes: Tensor, strides: Sequence[int], side: float) -> Tensor:
 
 
 def _taps(start: Tensor, side: Tensor, most: Tensor, size: int, samples: int) -> tuple[Tensor, Tensor]:
-    """Along one axis of regions that begin at `start` [N] and are `side` [N] long, in cells of maps of `most` [N] cells:
+    """Along one axis of regions that begin at `start` [N] and are `side` [N] long, in cells of maps that have `most` [N]:
     the cells that each cell of features is a weighted sum of, int64 [N, size, 2 * samples], and the weights."""
     step = (side / size)[:, None, None]
     cells, parts = (torch.arange(count, device=start.device) for count in (size, samples))
@@ -78,7 +78,14 @@ def _op(
 
 
 @_op.register_fake
-def _(feats: Sequence[Tensor], boxes: Tensor, levels: Tensor, strides: Sequence[int], size: int, samples: int) -> Tensor:  # noqa: ARG001
+def _(
+    feats: Sequence[Tensor],
+    boxes: Tensor,
+    levels: Tensor,  # noqa: ARG001
+    strides: Sequence[int],  # noqa: ARG001
+    size: int,
+    samples: int,  # noqa: ARG001
+) -> Tensor:
     count = boxes.shape[0] * boxes.shape[1]
     found = boxes.new_empty((count, size, size, feats[0].shape[1]), dtype=torch.float32)
     return found.permute(0, 3, 1, 2)

@@ -89,7 +89,8 @@ def select(
     are 0. Scores must be above rule.score; a box with no area on the canvas goes, and so does one with hardly any.
     """
     if levels:
-        parts = zip(decoded.boxes.split(list(levels), 1), decoded.scores.split(list(levels), 1), strict=True)
+        sizes = list(levels)
+        parts = zip(torch.split(decoded.boxes, sizes, 1), torch.split(decoded.scores, sizes, 1), strict=True)
         each = [_survivors(Decoded(*part), rule, hw) for part in parts]
         boxes, scores, labels = (torch.cat(tensors, 1) for tensors in zip(*each, strict=True))
     else:

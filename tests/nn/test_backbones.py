@@ -31,8 +31,8 @@ from detkit.types import Batch, Targets
 NAMES = [name for name in get_args(config.Backbone.model_fields["name"].annotation) if name != "timm"]
 VGGS_AND_CO = [name for name in NAMES if name.startswith(("vgg", "resnet", "mobilenet_v2"))]
 WITH_BN = [name for name in VGGS_AND_CO if "vgg" not in name or name.endswith("bn")]
-SMALL = ("b1", "b2", "b3", "b4", "b5", "b6", "b7", "small", "base", "large", "senet154", "resnet101")
-HEAVY = {name for name in NAMES if name.endswith(SMALL) and not name.startswith("mobilenet")}
+LARGE = ("b1", "b2", "b3", "b4", "b5", "b6", "b7", "small", "base", "large", "senet154", "resnet101", "13", "19")
+HEAVY = {name for name in NAMES if name.removesuffix("_bn").endswith(LARGE) and not name.startswith("mobilenet")}
 # The last layer before each of the three maps, in torchvision's network.
 NODES = {
     "alexnet": ("features.4", "features.11", "features.12"),

@@ -211,8 +211,8 @@ def test_the_four_losses_of_the_same_samples(
 
     def our_anchors(labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         # What was drawn as positive and negative is so for them, too.
-        taken = torch.zeros(2, len(outputs.anchors), dtype=torch.bool).scatter(1, anchors.index, anchors.real)
-        ours = torch.zeros_like(taken).scatter(1, anchors.index, anchors.positive)
+        taken = torch.zeros(2, len(outputs.anchors), dtype=torch.bool).scatter(1, anchors.candidate, anchors.real)
+        ours = torch.zeros_like(taken).scatter(1, anchors.candidate, anchors.positive)
         for label, take, positive in zip(labels, taken, ours, strict=True):
             assert torch.equal(label[take] == 1, positive[take])
             assert (label[take] >= 0).all()
@@ -550,8 +550,8 @@ def test_samples_come_from_the_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     for ours, theirs in zip(one.region_samples, same.region_samples, strict=True):
         assert torch.equal(ours, theirs)
-    assert not torch.equal(one.region_samples.index, other.region_samples.index)
-    assert not torch.equal(one.anchor_samples.index, other.anchor_samples.index)
+    assert not torch.equal(one.region_samples.candidate, other.region_samples.candidate)
+    assert not torch.equal(one.anchor_samples.candidate, other.anchor_samples.candidate)
 
 
 def test_ignored_objects_are_neither_positive_nor_negative() -> None:
@@ -561,7 +561,7 @@ def test_ignored_objects_are_neither_positive_nor_negative() -> None:
     outputs = detector(some.images, some.targets)
     ignored = some.targets.boxes[:, 1]
     for samples, boxes, low in (
-        (outputs.anchor_samples, outputs.anchors[outputs.anchor_samples.index[0]], 0.3),
+        (outputs.anchor_samples, outputs.anchors[outputs.anchor_samples.candidate[0]], 0.3),
         (outputs.region_samples, outputs.regions[0], 0.5),
     ):
         assert (samples.object[0] == 0).all()

@@ -24,10 +24,10 @@ RPN_VARIANCES = (1.0, 1.0)
 
 
 class Samples(NamedTuple):
-    """Candidates that a loss looks at. index: int64 [B, N], which. object: int64 [B, N], of the padded ground truth (0
-    where not positive). positive: bool [B, N]. real: bool [B, N], False is padding."""
+    """Candidates that a loss looks at. candidate: int64 [B, N], which. object: int64 [B, N], of the padded ground truth
+    (0 where not positive). positive: bool [B, N]. real: bool [B, N], False is padding."""
 
-    index: Tensor
+    candidate: Tensor
     object: Tensor
     positive: Tensor
     real: Tensor
@@ -37,8 +37,8 @@ class Outputs(NamedTuple):
     """objectness: float [B, A]. deltas: float [B, A, 4]. anchors: float32 [A, 4], pixels of the input canvas.
     regions: float32 [B, P, 4], pixels: the proposals or, given targets, samples of them and of the ground truth.
     logits: float [B, P, 1 + C], background first. offsets: float [B, P, 1 + C, 4].
-    real: bool [B, P], False is padding. anchor_samples, region_samples: given targets; those of the anchors, and whose
-    index is of the proposals followed by the ground truth."""
+    real: bool [B, P], False is padding. anchor_samples, region_samples: given targets; those of the anchors, and of the
+    proposals followed by the ground truth."""
 
     objectness: Tensor
     deltas: Tensor
@@ -157,7 +157,8 @@ class FasterRCNNHead(Head):
             # Only their order counts. Of sure anchors, a sigmoid would leave no order in float32.
             candidates = Decoded(boxes[:, :, None], F.softplus(objectness.float()))
             regions, sure, _ = select(candidates, rule, hw, [level.shape[1] for level in scores])
-        real, samples = sure > 0, (None, None)
+        real = sure > 0
+        samples: tuple[Samples, Samples] | tuple[None, None] = (None, None)
         if targets is not None:
             regions, real, samples = self._sample(anchors, regions, real, targets, rng)
         features = self.box(self._pool(feats, regions))
@@ -189,7 +190,8 @@ class FasterRCNNHead(Head):
         cfg = self.settings
         feats, strides = feats[: cfg.pool_levels], self.strides[: cfg.pool_levels]
         if cfg.pool == "max":
-            return roi_pool(feats[0].float(), rois(regions_BP4), cfg.pool_size, 1 / strides[0])
+            found: Tensor = roi_pool(feats[0].float(), rois(regions_BP4), cfg.pool_size, 1 / strides[0])
+            return found
         levels = levels_of(regions_BP4, strides, cfg.pool_side)
         return pyramid_align(feats, regions_BP4, levels, strides, cfg.pool_size, cfg.pool_samples)
 
@@ -199,10 +201,10 @@ class FasterRCNNHead(Head):
         anchors, regions = outputs.anchor_samples, outputs.region_samples
         assert anchors is not None
         assert regions is not None
-        objectness = outputs.objectness.float().gather(1, anchors.index)
+        objectness = outputs.objectness.float().gather(1, anchors.candidate)
         entropy = F.binary_cross_entropy_with_logits(objectness, anchors.positive.float(), reduction="none")
-        deltas = outputs.deltas.gather(1, anchors.index[..., None].expand(-1, -1, 4))
-        rpn_box = self._box_loss(deltas, outputs.anchors[anchors.index], anchors, targets, RPN_VARIANCES)
+        deltas = outputs.deltas.gather(1, anchors.candidate[..., None].expand(-1, -1, 4))
+        rpn_box = self._box_loss(deltas, outputs.anchors[anchors.candidate], anchors, targets, RPN_VARIANCES)
 
         labels = torch.where(regions.positive, targets.labels.gather(1, regions.object) + 1, 0)
         mistakes = F.cross_entropy(
