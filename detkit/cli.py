@@ -264,13 +264,14 @@ def split(
     from detkit import config
     from detkit.console import counting
     from detkit.data import split as job
+    from detkit.files import require_free
 
     console = _console()
     if val + test >= 1:
         raise UserError(f"--val {val:g} and --test {test:g} leave nothing to train on: make them smaller")
     shares = {"train": 1 - val - test, "val": val, "test": test}
     folder = out or path / "ImageSets" / "Main"
-    job.vacant(folder)
+    require_free(folder)
     with counting(console, "comparing photos") as progress:
         division = job.divide(
             config.Data(root=path),

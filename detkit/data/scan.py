@@ -21,8 +21,6 @@ from detkit.formats import number
 
 VERSION = 2  # raise it when the same files would give another DataSet: it makes old caches stale
 
-# A photo's size as written agrees with another one where the aspect ratios differ by no more than this share.
-_SAME_ASPECT = 0.02
 # Of all boxes: so many that start below 1 are no slip of the hand but 0-based coordinates.
 _TELLING = 0.001
 
@@ -53,10 +51,6 @@ class Headers:
     hw: NDArray[np.int32]
     orientation: NDArray[np.uint8]
     errors: dict[int, str]
-
-    def stored(self) -> NDArray[np.int32]:
-        """int32 [N, 2]: height and width before the EXIF orientation is applied."""
-        return np.where(self.orientation[:, None] >= 5, self.hw[:, ::-1], self.hw)
 
 
 class Survey(NamedTuple):
@@ -185,7 +179,7 @@ def shown(box: Sequence[float]) -> str:
     return " ".join(number(value) for value in box)
 
 
-class _Split:
+class Split:
     """The photos being made a split; what is found on the way goes to `findings`."""
 
     def __init__(self, data: Data, items: Sequence[Item], labels: Labels, headers: Headers) -> None:
@@ -249,7 +243,7 @@ class _Split:
 
     def fit(self) -> None:
         """Compare the sizes as written with the photos', and move boxes that were drawn on another canvas."""
-        stated, hw, stored = self.labels.hw, self.headers.hw, self.headers.stored()
+        stated, hw = self.labels.hw, self.headers.hw
         there = (hw[:, 0] > 0) & ~np.isin(
             np.arange(len(hw)),
             [remark.photo for remark in self.labels.remarks if remark.kind == "annotation unreadable"],
@@ -263,28 +257,19 @@ class _Split:
                     "size missing", photo, "the annotation states no size", f"the image's {width}x{height} is used"
                 )
         for photo in np.flatnonzero(there & told & np.any(stated != hw, axis=1)).tolist():
-            self._refit(photo, tuple(stated[photo].tolist()), tuple(hw[photo].tolist()), stored[photo].tolist())
+            self._refit(photo, tuple(stated[photo].tolist()), tuple(hw[photo].tolist()))
 
-    def _refit(self, photo: int, stated: tuple[int, int], hw: tuple[int, int], stored: list[int]) -> None:
-        what = f"the annotation says {stated[1]}x{stated[0]}, the image is {hw[1]}x{hw[0]}"
+    def _refit(self, photo: int, stated: tuple[int, int], hw: tuple[int, int]) -> None:
         first = int(self.labels.ends[photo - 1]) if photo else 0
         own = slice(first, int(self.labels.ends[photo]))
-        boxes = self.boxes[own]
-        fits = bool(np.all(boxes[:, 2:] <= (stated[1] + 1, stated[0] + 1)))
-        orientation = int(self.headers.orientation[photo])
-        scale = np.array([hw[1] / stated[1], hw[0] / stated[0]])
-        if orientation >= 5 and stated == tuple(stored) and fits:
-            self._note("boxes turned", photo, f"{what} turned by its EXIF tag", "the boxes are turned with it")
-            self.boxes[own] = geometry.turned(boxes, stated, orientation)
-        elif (
-            fits
-            and abs(scale[0] / scale[1] - 1) <= _SAME_ASPECT
-            and bool(np.any(boxes[:, 2:] > np.array(hw[::-1]) * (1 + _SAME_ASPECT)))
-        ):
-            self._note("boxes scaled", photo, f"{what}, too small for its boxes", "the boxes are scaled to the image")
-            self.boxes[own] = boxes * np.tile(scale, 2)
-        else:
-            self._note("size disagrees", photo, what, "the image's size is used, boxes are taken as written")
+        self.boxes[own], kind = geometry.fitted(self.boxes[own], stated, hw, int(self.headers.orientation[photo]))
+        more, action = {
+            "boxes turned": (" turned by its EXIF tag", "the boxes are turned with it"),
+            "boxes scaled": (", too small for its boxes", "the boxes are scaled to the image"),
+            "size disagrees": ("", "the image's size is used, boxes are taken as written"),
+        }[kind]
+        what = f"the annotation says {stated[1]}x{stated[0]}, the image is {hw[1]}x{hw[0]}{more}"
+        self._note(kind, photo, what, action)
 
     def clip(self) -> NDArray[np.bool_]:
         """Exchange inverted corners, clip to the photo; bool [M]: the boxes of which something remains."""
@@ -315,7 +300,7 @@ def _assemble(
     classes: tuple[str, ...],
 ) -> tuple[DataSet, list[Finding]]:  # fmt: skip
     """The split, from boxes in edges, and what was found; errors among that are for the caller to refuse."""
-    split = _Split(data, items, labels, headers)
+    split = Split(data, items, labels, headers)
     usable = split.usable(annotated)
     ids = split.classify(classes)
     split.fit()
@@ -396,7 +381,7 @@ def survey(data: Data, progress: Progress | None = None) -> Survey:
     labels, how = _read(data, found)
     headers = check(data, [item.image for item in found.items], progress)
     classes = _classes(data, found)
-    split = _Split(data, found.items, labels, headers)
+    split = Split(data, found.items, labels, headers)
     usable = split.usable(found.annotated)
     ids = split.classify(classes)
     split.fit()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from detkit.data import cache, similar, voc
 from detkit.data.labels import DataSet
 from detkit.data.voc import Progress
 from detkit.errors import UserError
+from detkit.files import whole_folder
 
 
 class _Units(NamedTuple):
@@ -141,28 +141,12 @@ def divide(
     return Division(tuple(shares), dataset.classes, lists, objects, int(many.sum()), int(sizes[many].sum()))
 
 
-def vacant(folder: Path) -> None:
-    """Raise UserError where the folder is no place for new lists: it holds something already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not empty: move its files away, or name another folder with --out")
-
-
 def write(division: Division, folder: Path) -> None:
     """Write <split>.txt, one photo a line, to `folder`, which must not hold anything yet; all of them or none.
 
     Raises UserError where it does, or can't be written.
     """
-    vacant(folder)
-    temporary = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
+    with whole_folder(folder) as temporary:
         for name, photos in zip(division.splits, division.lists, strict=True):
             lines = "".join(f"{photo}\n" for photo in photos)
             (temporary / f"{name}.txt").write_text(lines, encoding="utf-8", errors="surrogateescape", newline="\n")
-        if folder.exists():
-            folder.rmdir()  # Windows does not replace even an empty folder
-        temporary.replace(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -132,7 +132,7 @@ def test_the_command_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as stop:
         main(command)
     assert stop.value.code == 2
-    assert "--out" in capsys.readouterr().err
+    assert "name another folder" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in main_folder.iterdir()} == before
     with pytest.raises(SystemExit):
         main([*command, "--out", str(tmp_path / "lists")])

@@ -20,6 +20,7 @@ from detkit import geometry, imaging
 from detkit.data.findings import Finding, located
 from detkit.data.labels import Annotation, Photo
 from detkit.errors import UserError
+from detkit.files import decoded
 from detkit.imaging import IMAGE_SUFFIXES
 from detkit.types import CROWD, DIFFICULT, OCCLUDED, TRUNCATED
 
@@ -29,7 +30,6 @@ FLAGS = {"difficult": DIFFICULT, "truncated": TRUNCATED, "occluded": OCCLUDED, "
 
 FARTHEST = 1e15  # a coordinate beyond it is no pixel's
 _MAX_PARTS = 32  # of a path, counted from its end
-_SAME_ASPECT = 0.02
 
 
 def refuse(path: str | Path, what: str, line: int = 0) -> NoReturn:
@@ -57,13 +57,7 @@ def content(path: Path) -> bytes:
 
 def text(path: Path) -> str:
     """A text file as Windows, PowerShell or a spreadsheet may have written it. Raises UserError."""
-    raw = content(path)
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return raw.decode("utf-16", "replace")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return raw.decode("cp1252", "replace")
+    return decoded(content(path))
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -254,15 +248,6 @@ def class_name(value: object) -> str:
     return str(value).strip()
 
 
-def stated_size(height: object, width: object) -> Size | None:
-    """A height and width as a file states them, None where they are none."""
-    try:
-        sides = [int(float(value)) for value in (height, width)]  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return (sides[0], sides[1]) if all(0 < side < 2**31 for side in sides) else None
-
-
 @dataclass(slots=True)
 class Objects:
     """The objects of one photo while they are read."""
@@ -450,23 +435,6 @@ def extents(low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.f
         return found
 
 
-def fitted(boxes: NDArray[np.float64], stated: Size, hw: Size, orientation: int) -> tuple[NDArray[np.float64], str]:
-    """Boxes [G, 4] drawn on a canvas of size `stated` -> on the upright photo of size `hw`; and the kind of finding.
-
-    Turned where they were drawn before the photo's EXIF orientation was applied, scaled where they were drawn on a
-    larger copy; else they are taken as pixels of the photo, whatever size was stated.
-    """
-    stored = hw[::-1] if orientation >= 5 else hw
-    fits = bool(np.all(boxes[:, 2:] <= (stated[1] + 1, stated[0] + 1)))
-    scale = np.array([hw[1] / stated[1], hw[0] / stated[0]])
-    if orientation >= 5 and stated == stored and fits:
-        return geometry.turned(boxes, stated, orientation), "boxes turned"
-    beyond = bool(np.any(boxes[:, 2:] > np.array(hw[::-1]) * (1 + _SAME_ASPECT)))
-    if fits and abs(scale[0] / scale[1] - 1) <= _SAME_ASPECT and beyond:
-        return boxes * np.tile(scale, 2), "boxes scaled"
-    return boxes, "size disagrees"
-
-
 # --- what is written ------------------------------------------------------------------------------------------------
 
 
@@ -538,7 +506,7 @@ class Plan:
             return annotation.boxes, hw
         assert annotation.hw is not None
         orientation = imaging.check(self.root / item.photo.image).orientation
-        boxes, kind = fitted(annotation.boxes, annotation.hw, hw, orientation)
+        boxes, kind = geometry.fitted(annotation.boxes, annotation.hw, hw, orientation)
         action = {
             "boxes turned": "the boxes are turned with it",
             "boxes scaled": "the boxes are scaled to the image",

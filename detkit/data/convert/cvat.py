@@ -21,10 +21,9 @@ from detkit.data.convert.common import (
     Tree,
     outline,
     refuse,
-    stated_size,
 )
 from detkit.data.findings import Finding
-from detkit.data.labels import Photo, Source
+from detkit.data.labels import Photo, Source, stated_size
 from detkit.errors import UserError, nearest, need
 from detkit.formats import number
 from detkit.types import CROWD, OCCLUDED

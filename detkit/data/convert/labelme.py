@@ -22,10 +22,9 @@ from detkit.data.convert.common import (
     outline,
     refuse,
     shown,
-    stated_size,
 )
 from detkit.data.findings import Finding
-from detkit.data.labels import Annotation, Photo, Source
+from detkit.data.labels import Annotation, Photo, Source, stated_size
 from detkit.errors import UserError
 from detkit.formats import number
 

@@ -19,11 +19,10 @@ from detkit.data.convert.common import (
     Tree,
     refuse,
     shown,
-    stated_size,
     text,
 )
 from detkit.data.findings import Finding
-from detkit.data.labels import Photo, Source
+from detkit.data.labels import Photo, Source, stated_size
 from detkit.errors import UserError, nearest
 from detkit.formats import number
 

@@ -21,7 +21,7 @@ from detkit.types import CROWD
 
 def splits(tree: Tree) -> tuple[str, ...]:
     """The split files."""
-    return tuple(voc._split_files(tree.root))
+    return tuple(voc.split_files(tree.root))
 
 
 def read(tree: Tree, split: str | None, progress: Progress | None = None, convention: str = "auto") -> Source:
