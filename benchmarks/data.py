@@ -58,7 +58,7 @@ from detkit.data.batch import Loader
 from detkit.data.dataset import EvalSet, Key, Sample, TrainSet
 from detkit.data.labels import DataSet
 from detkit.data.synth import synthesise
-from detkit.evaluate import evaluate, load_split
+from detkit.evaluate import evaluate
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 8
@@ -441,7 +441,7 @@ def reduced(model: str, data: Path | None = None, split: str | None = None) -> N
     """The mAP of one checkpoint on a split, decoded in full by Pillow, in full and reduced as in training."""
     trained = checkpoint.read(checkpoint.find(model))
     settings = trained.data(data)
-    found = load_split(settings, split or settings.val, console)
+    found = cache.load_split(settings, split or settings.val, console)
     canvas = trained.config.input
     plans = [geometry.plan((height, width), canvas.size, canvas.resize) for height, width in found.hw.tolist()]
     steps = [min(plan.source[0] / plan.inner[0], plan.source[1] / plan.inner[1]) for plan in plans]

@@ -12,12 +12,11 @@ from rich.table import Table
 
 from detkit import checkpoint, metrics
 from detkit.checkpoint import pick_device
-from detkit.config import Data, Device
-from detkit.console import bar, counting
+from detkit.config import Device
+from detkit.console import bar
 from detkit.data import cache
 from detkit.data.batch import Loader
 from detkit.data.dataset import EvalSet
-from detkit.data.findings import summary
 from detkit.data.labels import DataSet
 from detkit.errors import UserError
 from detkit.files import atomic_write
@@ -65,16 +64,6 @@ def table(figures: dict[str, Any], title: str) -> Table:
     return result
 
 
-def load_split(data: Data, split: str, console: Console) -> DataSet:
-    """Read a split through the cache, with a line about it and one for every kind of finding."""
-    with counting(console, f"reading {split}") as progress:
-        found = cache.load(data, split, progress)
-    console.print(f"{split}: {len(found)} photos, {len(found.labels)} objects, {len(found.classes)} classes")
-    for line in summary(found.findings):
-        console.print(f"  {line}", highlight=False, style="yellow")
-    return found
-
-
 def run(
     model: str | None, root: Path | None, split: str | None, device: Device, json_file: Path | None, console: Console
 ) -> dict[str, Any]:
@@ -85,7 +74,7 @@ def run(
     trained = checkpoint.read(checkpoint.find(model))
     settings = trained.config
     data = trained.data(root)
-    dataset = load_split(data, split or data.val, console)
+    dataset = cache.load_split(data, split or data.val, console)
     if dataset.classes != trained.classes:
         raise UserError(f"{data.root}: its classes are not those of {trained.path}: {_difference(dataset, trained)}")
     loader = Loader(EvalSet(dataset, settings.input), settings.train.batch_size, settings.train.workers)

@@ -22,7 +22,7 @@ from detkit.formats import number
 VERSION = 2  # raise it when the same files would give another DataSet: it makes old caches stale
 
 # Of all boxes: so many that start below 1 are no slip of the hand but 0-based coordinates.
-_TELLING = 0.001
+_TELLING, _FEWEST = 0.001, 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,6 +120,12 @@ def contents(data: Data, files: Listing, parse: Parse = parse, progress: Progres
     findings += [finding for source in sources for finding in source.findings]
     ends = np.cumsum([len(source.photos) for source in sources])
     splits = {name: np.arange(end - len(s.photos), end) for name, s, end in zip(names, sources, ends, strict=False)}
+    listed = {photo.image for photo in photos}
+    findings += [
+        Finding("photo not listed", name, "no annotation file names it", "not used", 0, name)
+        for name in files.images.names
+        if name not in listed
+    ]
     known: dict[str, None] = {}
     for source in sources:
         known |= dict.fromkeys(source.classes)
@@ -132,6 +138,17 @@ def contents(data: Data, files: Listing, parse: Parse = parse, progress: Progres
         classes=tuple(known),
         findings=tuple(findings),
     )
+
+
+def require_no_splits(data: Data) -> None:
+    """Raise UserError where the format itself says which split a photo is in, so that split files would not be read."""
+    from detkit.data import convert
+
+    if data.format != "voc" and (names := convert.splits(data.format, data.root)):
+        raise UserError(
+            f"{data.root}: its {data.format} files hold splits of their own ({', '.join(names)}); to divide it anew, "
+            "make it a VOC data set first, with detkit data convert"
+        )
 
 
 def choose(data: Data, split: str, found: Contents, findings: list[Finding]) -> NDArray[np.int64]:
@@ -148,22 +165,23 @@ def choose(data: Data, split: str, found: Contents, findings: list[Finding]) -> 
     raise UserError(f"{data.root}: no split '{split}'{nearest(split, found.splits)}; there are: {names}")
 
 
-def convention(data: Data, labels: Labels) -> tuple[str, str]:
-    """How the data set's VOC corners are read, 'edges' or 'devkit', and why."""
+def convention(data: Data, labels: Labels, files: int) -> tuple[str, str]:
+    """How the corners in the data set's VOC annotations, of which there are `files`, are read: 'edges' or 'devkit', and
+    why."""
     if data.format != "voc":
         return "edges", f"as {data.format} has it"
     if data.convention != "auto":
-        return data.convention, "data.convention says so"
-    below = int(np.any(labels.boxes[:, :2] < 1, axis=1).sum())
-    if below and below >= _TELLING * len(labels.boxes):
+        return data.convention, "the setting says so"
+    below = int(np.any((labels.boxes[:, :2] >= 0) & (labels.boxes[:, :2] < 1), axis=1).sum())
+    if below >= max(_FEWEST, _TELLING * len(labels.boxes)):
         return "edges", f"{below} of {len(labels.boxes)} boxes start below 1, which 1-based pixels never do"
     for origin, answer, tool in (
         (VOC_DEVKIT, "devkit", "are from the VOC devkit"),
         (LABELLING_TOOL, "edges", "are of an unknown database, as LabelImg writes"),
     ):
         count = int((labels.origins == origin).sum())
-        if 2 * count > len(labels):
-            return answer, f"{count} of {len(labels)} annotations say they {tool}"
+        if 2 * count > files:
+            return answer, f"{count} of {files} annotations say they {tool}"
     if np.any(labels.boxes % 1):
         return "edges", "there are decimals, which pixel counts never have"
     return "edges", "nothing speaks for 1-based pixels"
@@ -321,12 +339,12 @@ def _assemble(
     ), split.findings
 
 
-def _read(data: Data, found: Contents) -> tuple[Labels, Finding]:
-    """The labels in 0-based edges, and how they were read."""
-    how, why = convention(data, found.labels)
+def _read(data: Data, found: Contents) -> tuple[Labels, Finding, str]:
+    """The labels in 0-based edges, and how they were read: as a finding, and the convention."""
+    how, why = convention(data, found.labels, int(found.annotated.sum()))
     meaning = {"edges": "0-based edges", "devkit": "1-based inclusive pixels"}[how]
     labels = replace(found.labels, boxes=voc.edges(found.labels.boxes, how))
-    return labels, Finding("coordinates", "", why, f"corners are read as {meaning}")
+    return labels, Finding("coordinates", "", why, f"corners are read as {meaning}"), how
 
 
 def scan(
@@ -349,7 +367,7 @@ def scan(
     found = contents(data, files, parse, progress)
     findings = list(found.findings)
     rows = choose(data, split, found, findings)
-    labels, how = _read(data, found)
+    labels, how, _ = _read(data, found)
     items = [found.items[row] for row in rows]
     headers = check(data, [item.image for item in items], progress)
     classes = _classes(data, found)
@@ -357,7 +375,7 @@ def scan(
     findings += more
     errors = [finding for finding in findings if level(finding) == "error"]
     if errors:
-        raise refusal(data.root, errors)
+        raise refusal(data, errors)
     if not classes or not len(labels.take(rows).names):
         raise UserError(f"{data.root}: no object in any of the {len(items)} annotations of split '{split}'")
     if data.format == "voc" and data.convention == "auto":
@@ -378,7 +396,7 @@ def survey(data: Data, progress: Progress | None = None) -> Survey:
             splits[name] = choose(data, name, found, findings)
         except UserError as error:
             findings.append(Finding("split unusable", "", str(error), REFUSED))
-    labels, how = _read(data, found)
+    labels, how, read_as = _read(data, found)
     headers = check(data, [item.image for item in found.items], progress)
     classes = _classes(data, found)
     split = Split(data, found.items, labels, headers)
@@ -386,6 +404,5 @@ def survey(data: Data, progress: Progress | None = None) -> Survey:
     ids = split.classify(classes)
     split.fit()
     kept = split.clip() & usable[split.photo] & (ids >= 0)
-    read_as = convention(data, found.labels)[0]
     found_all = (how, *findings, *split.findings)
     return Survey(found.items, labels, read_as, split.boxes, kept, headers, splits, classes, found_all)

@@ -755,7 +755,7 @@ def _label(name: str, w: int, h: int, front: float) -> Image.Image:
 
 
 @lru_cache(maxsize=256)
-def _sprite(product: int, turn: int) -> Image.Image:
+def cut_out(product: int, turn: int) -> Image.Image:
     """A package, RGBA at CM / 2 px per cm, cropped to its alpha; turn: -2..2, the side that comes into view."""
     p = PRODUCTS[product]
     drawn = _SHAPES[p.shape](p, turn / 2)
@@ -765,7 +765,7 @@ def _sprite(product: int, turn: int) -> Image.Image:
 
 @lru_cache(maxsize=64)  # a run's facings share a few sizes and lights
 def _scaled(product: int, turn: int, scale: float, light: float) -> Image.Image:
-    sprite, k = _sprite(product, turn), scale / (CM / 2)
+    sprite, k = cut_out(product, turn), scale / (CM / 2)
     size = (max(4, round(sprite.width * k)), max(4, round(sprite.height * k)))
     sprite = sprite.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
     return ImageEnhance.Brightness(sprite).enhance(light)

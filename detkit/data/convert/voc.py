@@ -43,9 +43,9 @@ def read(tree: Tree, split: str | None, progress: Progress | None = None, conven
     items = voc.pair(files, findings)
     errors = [finding for finding in findings if level(finding) == "error"]
     if errors:
-        raise refusal(tree.root, errors)
+        raise refusal(data, errors)
     keys = list(items) if split is None else voc.choose(data, split, items, findings)
-    how, why = scan.convention(data, labels)
+    how, why = scan.convention(data, labels, len(labels))
     if how == "devkit":
         findings.append(Finding("coordinates", "", why, "corners are read as 1-based inclusive pixels"))
     annotations = dict(zip(names, _annotations(labels, voc.edges(labels.boxes, how)), strict=True))
