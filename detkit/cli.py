@@ -115,13 +115,17 @@ def evaluate(
     model: Annotated[str | None, typer.Argument(help="a run folder or a checkpoint; default: the newest run")] = None,
     data: Annotated[Path | None, typer.Option(help="another data set's folder")] = None,
     split: Annotated[str | None, typer.Option(help="default: the run's validation split")] = None,
+    file_format: Annotated[
+        FileFormat | None,
+        typer.Option("--format", help="what DATA's annotations are written in; default: as the run's"),
+    ] = None,
     device: DeviceOption = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
 ) -> None:
     """Measure a trained detector: COCO mAP and VOC AP50."""
     from detkit import evaluate as job
 
-    job.run(model, data, split, device, json_file, _console())
+    job.run(model, data, split, file_format, device, json_file, _console())
 
 
 @app.command()

@@ -65,7 +65,13 @@ def table(figures: dict[str, Any], title: str) -> Table:
 
 
 def run(
-    model: str | None, root: Path | None, split: str | None, device: Device, json_file: Path | None, console: Console
+    model: str | None,
+    root: Path | None,
+    split: str | None,
+    file_format: str | None,
+    device: Device,
+    json_file: Path | None,
+    console: Console,
 ) -> dict[str, Any]:
     """``detkit eval``: print the figures of a run or checkpoint on a split, and write them to `json_file`.
 
@@ -74,6 +80,8 @@ def run(
     trained = checkpoint.read(checkpoint.find(model))
     settings = trained.config
     data = trained.data(root)
+    if file_format:
+        data = data.model_copy(update={"format": file_format})
     dataset = cache.load_split(data, split or data.val, console)
     if dataset.classes != trained.classes:
         raise UserError(f"{data.root}: its classes are not those of {trained.path}: {_difference(dataset, trained)}")
