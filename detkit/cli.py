@@ -119,13 +119,25 @@ def evaluate(
         FileFormat | None,
         typer.Option("--format", help="what DATA's annotations are written in; default: as the run's"),
     ] = None,
+    class_agnostic: Annotated[
+        bool, typer.Option("--class-agnostic", help="an object counts as found whatever its class")
+    ] = False,
     device: DeviceOption = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
 ) -> None:
     """Measure a trained detector: COCO mAP and VOC AP50."""
     from detkit import evaluate as job
 
-    job.run(model, data, split, file_format, device, json_file, _console())
+    job.run(
+        model,
+        _console(),
+        root=data,
+        split=split,
+        file_format=file_format,
+        class_agnostic=class_agnostic,
+        device=device,
+        json_file=json_file,
+    )
 
 
 @app.command()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -66,16 +68,20 @@ def table(figures: dict[str, Any], title: str) -> Table:
 
 def run(
     model: str | None,
-    root: Path | None,
-    split: str | None,
-    file_format: str | None,
-    device: Device,
-    json_file: Path | None,
     console: Console,
+    *,
+    root: Path | None = None,
+    split: str | None = None,
+    file_format: str | None = None,
+    class_agnostic: bool = False,
+    device: Device = "auto",
+    json_file: Path | None = None,
 ) -> dict[str, Any]:
     """``detkit eval``: print the figures of a run or checkpoint on a split, and write them to `json_file`.
 
-    Raises UserError where the data set's classes are not the model's.
+    root, split, file_format: of the data set; default: the run's. class_agnostic: an object counts as found whatever
+    class it was given, and NMS is between classes too. Raises UserError where the data set's classes are not the
+    model's.
     """
     trained = checkpoint.read(checkpoint.find(model))
     settings = trained.config
@@ -87,7 +93,15 @@ def run(
         raise UserError(f"{data.root}: its classes are not those of {trained.path}: {_difference(dataset, trained)}")
     loader = Loader(EvalSet(dataset, settings.input), settings.train.batch_size, settings.train.workers)
     where = pick_device(device)
-    figures = evaluate(trained.predictor().to(where), loader, dataset, where, console)
+    predictor = trained.predictor().to(where)
+    if class_agnostic:
+        predictor.rule = predictor.rule.model_copy(update={"agnostic": True})
+    found = detect(predictor, loader, where, console)
+    records = [dataset[i] for i in range(len(dataset))]
+    if class_agnostic:
+        found = [replace(each, labels=np.zeros_like(each.labels)) for each in found]
+        records = [replace(each, labels=np.zeros_like(each.labels)) for each in records]
+    figures = metrics.evaluate(records, found, ("any class",) if class_agnostic else dataset.classes)
     console.print(table(figures, f"{trained.path} on {dataset.root}, {split or data.val}"))
     console.print(f"VOC AP50 {figures['VOC_AP50']:.3f}   AP75 {figures['mAP75']:.3f}   AR {figures['AR']:.3f}")
     if json_file:

@@ -231,6 +231,16 @@ def test_eval_repeats_the_figures_of_training(trained, tmp_path, run):
     assert json.loads((tmp_path / "figures.json").read_text()) == expected
 
 
+def test_a_class_agnostic_eval_counts_what_is_found_under_a_wrong_name(trained, tmp_path, run):
+    figures = []
+    for words in ((), ("--class-agnostic",)):
+        code, out, err = run("eval", trained, "--json", tmp_path / "figures.json", *words)
+        assert code == 0, err
+        figures.append(json.loads((tmp_path / "figures.json").read_text()))
+    assert "any class" in out
+    assert figures[1]["AR"] > 2 * figures[0]["AR"]  # trained for two epochs, it finds more than it knows
+
+
 def test_eval_on_other_classes_is_one_line(trained, tmp_path, run):
     folder, _ = voc(tmp_path / "photos")
     (folder / "classes.txt").write_text("\n".join(reversed((folder / "classes.txt").read_text().split())))
