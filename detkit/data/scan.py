@@ -114,8 +114,8 @@ def contents(data: Data, files: Listing, parse: Parse = parse, progress: Progres
         )
     from detkit.data import convert
 
-    names = convert.splits(data.format, data.root)
-    sources = [convert.read(data.format, data.root, name) for name in names or (None,)]
+    by_split = convert.read_all(data.format, data.root)
+    names, sources = [name for name in by_split if name], list(by_split.values())
     photos = [photo for source in sources for photo in source.photos]
     findings += [finding for source in sources for finding in source.findings]
     ends = np.cumsum([len(source.photos) for source in sources])
@@ -136,7 +136,7 @@ def contents(data: Data, files: Listing, parse: Parse = parse, progress: Progres
         annotated=np.array([photo.annotation is not None for photo in photos], np.bool_),
         splits=splits or None,
         classes=tuple(known),
-        findings=tuple(findings),
+        findings=tuple(dict.fromkeys(findings)),  # what a file with several splits holds is told with each
     )
 
 

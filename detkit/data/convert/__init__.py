@@ -99,6 +99,13 @@ def read(
     return _read(format_name, tree, file or split, convention, progress)
 
 
+def read_all(format_name: str, root: Path) -> dict[str | None, Source]:
+    """Each of the data set's `splits`, or all its photos under None where it has none, as `read` reads them."""
+    tree, _ = _opened(root, None)
+    names = tuple(_module(format_name).splits(tree))
+    return {name: _read(format_name, tree, name, "auto", None) for name in names or (None,)}
+
+
 def _read(format_name: str, tree: Tree, split: str | None, convention: str, progress: Progress | None) -> Source:
     module = _module(format_name)
     options: dict[str, Any] = {"progress": progress} if format_name in _A_FILE_A_PHOTO else {}

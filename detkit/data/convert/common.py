@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from decimal import Context, Decimal, InvalidOperation
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from detkit.types import CROWD, DIFFICULT, OCCLUDED, TRUNCATED
 
 Progress = Callable[[int, int], None]
 Size = tuple[int, int]  # height, width
+Made = TypeVar("Made")
 FLAGS = {"difficult": DIFFICULT, "truncated": TRUNCATED, "occluded": OCCLUDED, "crowd": CROWD}
 
 FARTHEST = 1e15  # a coordinate beyond it is no pixel's
@@ -197,6 +198,7 @@ class Tree:
                 raise UserError(f"{folder}: no such folder")
         self.root = root
         self.files = _below(root)
+        self._made: dict[Any, Any] = {}
         prefix = ""
         if images is not None and images.resolve() != root.resolve():
             inside = images.resolve().is_relative_to(root.resolve())
@@ -205,6 +207,13 @@ class Tree:
         self.elsewhere = prefix
         names = self.files if images is None else _below(images)
         self.images = Images([name for name in names if is_image(name)], prefix)
+
+    def once(self, make: Callable[[Tree], Made]) -> Made:
+        """What `make` makes of the tree, made once: a file that holds several splits is parsed for the first."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        made: Made = self._made[make]
+        return made
 
     @cached_property
     def folders(self) -> frozenset[str]:
