@@ -6,7 +6,7 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Context, Decimal, InvalidOperation
 from functools import cached_property
@@ -483,6 +483,18 @@ class Plan:
             self._folders.add(folder)
             (self.out / folder).mkdir(parents=True, exist_ok=True)
         (self.out / name).write_text(text, encoding="utf-8", newline="\n")
+
+    def in_lists(self) -> Iterator[tuple[Item, Annotation]]:
+        """Each annotated photo once, whatever splits it is in; the splits become ImageSets/Main, the classes a file."""
+        written = set()
+        for split, items in self.splits.items():
+            if split:
+                self.save(f"ImageSets/Main/{split}.txt", "".join(f"{item.key}\n" for item in items))
+            for item in items:
+                if item.photo.annotation is not None and item.key not in written:
+                    written.add(item.key)
+                    yield item, item.photo.annotation
+        self.save("classes.txt", "".join(f"{name}\n" for name in self.classes))
 
     def _real(self, item: Item) -> Size:
         image = item.photo.image
