@@ -53,12 +53,12 @@ from torchvision.transforms import v2
 
 from detkit import checkpoint, geometry
 from detkit.config import Augment, Data, Input
-from detkit.data import audit, augment, batch, cache, pixels, scan, voc
+from detkit.data import audit, augment, batch, cache, pixels, scan, synth, voc
 from detkit.data.batch import Loader
 from detkit.data.dataset import EvalSet, Key, Sample, TrainSet
 from detkit.data.labels import DataSet
 from detkit.data.synth import synthesise
-from detkit.evaluate import evaluate, load_split
+from detkit.evaluate import evaluate
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 8
@@ -441,7 +441,7 @@ def reduced(model: str, data: Path | None = None, split: str | None = None) -> N
     """The mAP of one checkpoint on a split, decoded in full by Pillow, in full and reduced as in training."""
     trained = checkpoint.read(checkpoint.find(model))
     settings = trained.data(data)
-    found = load_split(settings, split or settings.val, console)
+    found = cache.load_split(settings, split or settings.val, console)
     canvas = trained.config.input
     plans = [geometry.plan((height, width), canvas.size, canvas.resize) for height, width in found.hw.tolist()]
     steps = [min(plan.source[0] / plan.inner[0], plan.source[1] / plan.inner[1]) for plan in plans]
@@ -643,6 +643,48 @@ def audit_photos(root: Path, repeats: int = 5) -> None:
     ]
     note = f"{root.name}, all splits, {os.cpu_count()} processes; medians of {repeats} interleaved rounds."
     save("audit", "Audit", note, rows)
+
+
+# --- scenes -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def scenes(count: int = 400, repeats: int = 3) -> None:
+    """Scenes of 1000x1000 pixels with 40 products each, on two cores, beside decoding as many such JPEGs on one."""
+    with tempfile.TemporaryDirectory() as temporary:
+        out, taken = Path(temporary), iter(range(repeats + 1))
+        for number, name in enumerate(synth.CLASSES):
+            (out / "cutouts" / name).mkdir(parents=True)
+            for turn in (-2, 0, 2):
+                synth.cut_out(number, turn).save(out / "cutouts" / name / f"{turn}.png")
+
+        def draw() -> float:
+            words = ["--from", out / "cutouts", "--out", out / f"scenes{next(taken)}", "--train", count, "--val", 0]
+            words += ["--size", 1000, 1000, "--items", 40, 40, "--workers", 2]
+            command = [sys.executable, "-m", "detkit", "data", "synth", *map(str, words)]
+            return _seconds(lambda: subprocess.run(command, check=True, capture_output=True))
+
+        def decode() -> float:
+            made = sorted(out.glob("scenes*"))[-1]
+            return _seconds(lambda: _decoded([str(path) for path in (made / "JPEGImages").iterdir()]))
+
+        times = interleaved({"scenes": draw, "decode": decode}, repeats)
+        found = cache.load(Data(root=out / "scenes0", cache=out / "cache"), "train")
+    ratio = statistics.median(a / b for a, b in zip(times["scenes"], times["decode"], strict=True))
+    rows = [
+        {
+            "scenes": count,
+            "scenes/s": f"{count / statistics.median(times['scenes']):.0f}",
+            "time over Pillow's decoding of them, one process": f"{ratio:.2f}",
+            "objects annotated a scene": f"{len(found.labels) / len(found):.1f}",
+        }
+    ]
+    note = (
+        f"`detkit data synth --from` with {len(synth.CLASSES) * 3} cut-outs of {len(synth.CLASSES)} classes: 1000x1000 "
+        "pixels, 40 products each, by two processes; the whole command is timed, starting the processes included. "
+        f"Medians of {repeats} rounds. A product of which under 35 % can be seen is not annotated."
+    )
+    save("scenes", "Scenes from cut-outs", note, rows)
 
 
 if __name__ == "__main__":

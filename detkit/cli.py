@@ -16,6 +16,7 @@ from detkit.errors import Interrupted, UserError, missing
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from detkit.config import Config, Data
     from detkit.runtime.predict import Detector
 
 app = typer.Typer(
@@ -39,9 +40,13 @@ DeviceOption = Annotated[Device, typer.Option(help="where the network runs")]
 Nms = Literal["none", "hard", "soft", "weighted"]
 NmsOption = Annotated[Nms, typer.Option(help="overlapping boxes: as they are, NMS, soft-NMS, or weighted boxes fusion")]
 
+FileFormat = Literal["voc", "coco", "yolo", "labelme", "cvat", "openimages", "csv"]
 FormatOption = Annotated[
-    Literal["voc", "coco", "yolo", "labelme", "cvat", "openimages", "csv"],
-    typer.Option("--format", help="what the annotations are written in"),
+    FileFormat | None, typer.Option("--format", help="what the annotations are written in; default: voc")
+]
+UnlabelledOption = Annotated[
+    Literal["error", "skip", "negative"] | None,
+    typer.Option(help="what a photo without annotation means; default: error"),
 ]
 
 
@@ -112,6 +117,13 @@ def evaluate(
     model: Annotated[str | None, typer.Argument(help="a run folder or a checkpoint; default: the newest run")] = None,
     data: Annotated[Path | None, typer.Option(help="another data set's folder")] = None,
     split: Annotated[str | None, typer.Option(help="default: the run's validation split")] = None,
+    file_format: Annotated[
+        FileFormat | None,
+        typer.Option("--format", help="what DATA's annotations are written in; default: as the run's"),
+    ] = None,
+    class_agnostic: Annotated[
+        bool, typer.Option("--class-agnostic", help="an object counts as found whatever its class")
+    ] = False,
     device: DeviceOption = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
     nms: NmsOption = "hard",
@@ -119,7 +131,17 @@ def evaluate(
     """Measure a trained detector: COCO mAP and VOC AP50."""
     from detkit import evaluate as job
 
-    job.run(model, data, split, device, json_file, _console(), nms)
+    job.run(
+        model,
+        _console(),
+        root=data,
+        split=split,
+        file_format=file_format,
+        class_agnostic=class_agnostic,
+        device=device,
+        json_file=json_file,
+        nms=nms,
+    )
 
 
 @app.command()
@@ -266,22 +288,28 @@ def split(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="an empty folder; default: PATH/ImageSets/Main")
     ] = None,
+    unlabelled: UnlabelledOption = None,
+    file_format: FormatOption = None,
     workers: Annotated[int, typer.Option(min=0, help="processes; 0: one a core")] = 0,
 ) -> None:
     """Divide a data set into train, val and test, with near-duplicate photos on one side."""
-    from detkit import config
     from detkit.console import counting
+    from detkit.data import cache, scan
     from detkit.data import split as job
+    from detkit.files import require_free
 
     console = _console()
     if val + test >= 1:
         raise UserError(f"--val {val:g} and --test {test:g} leave nothing to train on: make them smaller")
     shares = {"train": 1 - val - test, "val": val, "test": test}
     folder = out or path / "ImageSets" / "Main"
-    job.vacant(folder)
+    require_free(folder)
+    data = _data(path, None, unlabelled=unlabelled, format=file_format)
+    scan.require_no_splits(data)
+    dataset = cache.load_split(data, "all", console)
     with counting(console, "comparing photos") as progress:
         division = job.divide(
-            config.Data(root=path),
+            dataset,
             {name: share for name, share in shares.items() if share},
             seed,
             workers=workers,
@@ -291,6 +319,14 @@ def split(
     console.print(division.table())
     console.print(f"{division.grouped} photos are in {division.groups} groups of near-duplicates: none is divided")
     console.print(f"written to {folder}", markup=False, highlight=False)
+
+
+def _data(path: Path, settings: Config | None, **given: str | None) -> Data:
+    """The data set at `path`, read as the config says, or as the options that are not None do."""
+    from detkit.config import Data
+
+    chosen = {"root": path} | {name: value for name, value in given.items() if value is not None}
+    return (settings.data if settings else Data(root=path)).model_copy(update=chosen)
 
 
 @data_app.command()
@@ -304,13 +340,8 @@ def audit(
     ] = None,
     train: Annotated[str | None, typer.Option(help="the split to train on; default: train")] = None,
     val: Annotated[str | None, typer.Option(help="the split to evaluate on; default: val")] = None,
-    unlabelled: Annotated[
-        Literal["error", "skip", "negative"] | None, typer.Option(help="what a photo without annotation means")
-    ] = None,
-    file_format: Annotated[
-        Literal["voc", "coco", "yolo", "labelme", "cvat", "openimages", "csv"] | None,
-        typer.Option("--format", help="what the annotations are written in; default: voc"),
-    ] = None,
+    unlabelled: UnlabelledOption = None,
+    file_format: FormatOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write all findings to this file")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="write a page with thumbnails to this file")] = None,
     strict: Annotated[
@@ -325,9 +356,7 @@ def audit(
     from detkit.data import audit as job
 
     console, settings = _console(), config.load(config_name) if config_name else None
-    given = {"train": train, "val": val, "unlabelled": unlabelled, "format": file_format}
-    chosen = {"root": path} | {name: value for name, value in given.items() if value is not None}
-    data = (settings.data if settings else config.Data(root=path)).model_copy(update=chosen)
+    data = _data(path, settings, train=train, val=val, unlabelled=unlabelled, format=file_format)
     canvas = size or (settings.input.size if settings else job.SIZE)
     rule = settings.input.resize if settings else "stretch"
     with counting(console, "reading photos") as progress:
@@ -359,6 +388,8 @@ def stats(
         tuple[int, int] | None, typer.Option(help="the canvas' height and width; default: the config's, or the photos'")
     ] = None,
     clusters: Annotated[int, typer.Option(min=1, help="clusters of box shapes")] = 9,
+    unlabelled: UnlabelledOption = None,
+    file_format: FormatOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
     html: Annotated[Path | None, typer.Option(help="write a page to this file")] = None,
     plots: Annotated[Path | None, typer.Option(help="write plots to this folder")] = None,
@@ -368,7 +399,7 @@ def stats(
 
     settings = config.load(config_name) if config_name else None
     overview.run(
-        path,
+        _data(path, settings, unlabelled=unlabelled, format=file_format),
         split,
         size=size,
         settings=settings,
@@ -394,6 +425,8 @@ def show(
     ] = None,
     augmented: Annotated[bool, typer.Option("--augmented", help="as training sees them")] = False,
     only: Annotated[str | None, typer.Option(help="one change alone, in each photo, such as mosaic")] = None,
+    unlabelled: UnlabelledOption = None,
+    file_format: FormatOption = None,
 ) -> None:
     """Draw photos with their boxes and names on one contact sheet."""
     from detkit import config
@@ -405,10 +438,8 @@ def show(
         raise UserError("--augmented shows what a config does: name it, such as  --config ssd_mobilenet.yaml")
     job.file_format(out)
     settings = config.load(config_name) if config_name else None
-    data = settings.data.model_copy(update={"root": path}) if settings else config.Data(root=path)
     console = _console()
-    with counting(console, "reading") as progress:
-        dataset = cache.load(data, split, progress)
+    dataset = cache.load_split(_data(path, settings, unlabelled=unlabelled, format=file_format), split, console)
     index = job.choose(dataset, count, class_name, seed)
     with counting(console, "drawing") as progress:
         if settings and (augmented or only):
@@ -426,7 +457,7 @@ def show_cache(
     clear: Annotated[bool, typer.Option("--clear", help="remove them")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="read every file anew and compare")] = False,
     location: Annotated[Path | None, typer.Option("--cache", help="where they lie, if data.cache is set")] = None,
-    file_format: FormatOption = "voc",
+    file_format: FormatOption = None,
 ) -> None:
     """List, check or remove the caches of a data set."""
     from rich.filesize import decimal
@@ -438,7 +469,7 @@ def show_cache(
 
     if info + clear + verify > 1:
         raise UserError("--info, --clear and --verify: choose one")
-    data, console = Data(root=path, cache=location, format=file_format), _console()
+    data, console = Data(root=path, cache=location, format=file_format or "voc"), _console()
     if clear:
         removed = cache.clear(data)
         console.print(f"{path}: {len(removed)} cache files removed")
@@ -447,7 +478,7 @@ def show_cache(
             changed = cache.verify(data, progress)
         for name in changed:
             console.print(f"{name}: changed, though its size and times are the same", style="yellow", highlight=False)
-        console.print(f"{path}: {len(changed)} annotations differed from the cache; it is up to date now")
+        console.print(f"{path}: {len(changed)} files differed from the cache; it is up to date now")
         raise typer.Exit(1 if changed else 0)
     else:
         table = Table("split", "photos", "objects", "size", "file", title=f"caches of {path}", title_justify="left")

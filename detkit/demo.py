@@ -35,7 +35,7 @@ def run(console: Console) -> None:
     _step(console, 2, "Training a small SSD from scratch")
     folder = train.start(settings, console)
     _step(console, 3, "Measuring its best checkpoint")
-    figures = evaluate.run(str(folder), None, None, settings.train.device, folder / "figures.json", console)
+    figures = evaluate.run(str(folder), console, device=settings.train.device, json_file=folder / "figures.json")
     _step(console, 4, "Exporting to ONNX")
     model = export.run(str(folder), folder / f"{settings.name}.onnx", None, console)
     _step(console, 5, "Finding products with the ONNX file, without torch")

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from detkit import checkpoint, metrics
 from detkit.checkpoint import pick_device
-from detkit.config import Data, Device
-from detkit.console import bar, counting
+from detkit.config import Device
+from detkit.console import bar
 from detkit.data import cache
 from detkit.data.batch import Loader
 from detkit.data.dataset import EvalSet
-from detkit.data.findings import summary
 from detkit.data.labels import DataSet
 from detkit.errors import UserError
 from detkit.files import atomic_write
@@ -47,15 +48,10 @@ def detect(
 
 
 def evaluate(
-    predictor: Predictor,
-    loader: Loader,
-    dataset: DataSet,
-    device: torch.device,
-    console: Console,
-    nms: merge.Kind = "hard",
+    predictor: Predictor, loader: Loader, dataset: DataSet, device: torch.device, console: Console
 ) -> dict[str, Any]:
-    """The figures of `metrics.evaluate` for a predictor on a split; nms: as for `detect`."""
-    found = detect(predictor, loader, device, console, nms)
+    """The figures of `metrics.evaluate` for a predictor on a split."""
+    found = detect(predictor, loader, device, console)
     return metrics.evaluate([dataset[i] for i in range(len(dataset))], found, dataset.classes)
 
 
@@ -76,40 +72,45 @@ def table(figures: dict[str, Any], title: str) -> Table:
     return result
 
 
-def load_split(data: Data, split: str, console: Console) -> DataSet:
-    """Read a split through the cache, with a line about it and one for every kind of finding."""
-    with counting(console, f"reading {split}") as progress:
-        found = cache.load(data, split, progress)
-    console.print(f"{split}: {len(found)} photos, {len(found.labels)} objects, {len(found.classes)} classes")
-    for line in summary(found.findings):
-        console.print(f"  {line}", highlight=False, style="yellow")
-    return found
-
-
 def run(
     model: str | None,
-    root: Path | None,
-    split: str | None,
-    device: Device,
-    json_file: Path | None,
     console: Console,
+    *,
+    root: Path | None = None,
+    split: str | None = None,
+    file_format: str | None = None,
+    class_agnostic: bool = False,
+    device: Device = "auto",
+    json_file: Path | None = None,
     nms: merge.Kind = "hard",
 ) -> dict[str, Any]:
     """``detkit eval``: print the figures of a run or checkpoint on a split, and write them to `json_file`.
 
-    Raises UserError where the data set's classes are not the model's.
+    root, split, file_format: of the data set; default: the run's. class_agnostic: an object counts as found whatever
+    class it was given, and NMS is between classes too. Raises UserError where the data set's classes are not the
+    model's.
     """
     trained = checkpoint.read(checkpoint.find(model))
     if nms != "hard":
         trained = trained.without_nms()
     settings = trained.config
     data = trained.data(root)
-    dataset = load_split(data, split or data.val, console)
+    if file_format:
+        data = data.model_copy(update={"format": file_format})
+    dataset = cache.load_split(data, split or data.val, console)
     if dataset.classes != trained.classes:
         raise UserError(f"{data.root}: its classes are not those of {trained.path}: {_difference(dataset, trained)}")
     loader = Loader(EvalSet(dataset, settings.input), settings.train.batch_size, settings.train.workers)
     where = pick_device(device)
-    figures = evaluate(trained.predictor().to(where), loader, dataset, where, console, nms)
+    predictor = trained.predictor().to(where)
+    if class_agnostic:
+        predictor.rule = predictor.rule.model_copy(update={"agnostic": True})
+    found = detect(predictor, loader, where, console, nms)
+    records = [dataset[i] for i in range(len(dataset))]
+    if class_agnostic:
+        found = [replace(each, labels=np.zeros_like(each.labels)) for each in found]
+        records = [replace(each, labels=np.zeros_like(each.labels)) for each in records]
+    figures = metrics.evaluate(records, found, ("any class",) if class_agnostic else dataset.classes)
     console.print(table(figures, f"{trained.path} on {dataset.root}, {split or data.val}"))
     console.print(f"VOC AP50 {figures['VOC_AP50']:.3f}   AP75 {figures['mAP75']:.3f}   AR {figures['AR']:.3f}")
     if json_file:

@@ -1,8 +1,9 @@
-"""Files written whole or not at all."""
+"""Files and folders written whole or not at all; text as others write it."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,43 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     """Write `data` (text as UTF-8) to `path` as an `atomic_file`."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def require_free(out: Path) -> None:
+    """Raise UserError where `out` holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty: name another folder, or move its files away first")
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A new folder to write into; it becomes `out`, which must not hold anything, at the block's end.
+
+    After an error, or a kill, there is no `out`. Missing parents are made. Raises UserError where it holds something,
+    and for an OSError within the block, naming the file.
+    """
+    require_free(out)
+    temporary = out.absolute().with_name(f".{out.absolute().name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if out.exists():
+            out.rmdir()  # Windows does not replace even an empty folder
+        temporary.replace(out)
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: can't be written or read ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def decoded(content: bytes) -> str:
+    """The text of a file as Windows, PowerShell or a spreadsheet may have written it."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return content.decode("utf-16", "replace")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", "replace")
 
 
 def next_folder(prefix: str | Path) -> Path:

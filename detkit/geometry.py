@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 Rule = Literal["stretch", "letterbox"]
 
+# Two sizes are of the same photo where their aspect ratios differ by no more than this share.
+_SAME_ASPECT = 0.02
+
 
 @dataclass(frozen=True, slots=True)
 class ResizePlan:
@@ -48,6 +51,25 @@ def turned(boxes: NDArray[np.float64], hw: tuple[int, int], orientation: int) ->
     if orientation >= 5:
         x1, y1, x2, y2 = y1, x1, y2, x2
     return np.stack([x1, y1, x2, y2], 1)
+
+
+def fitted(
+    boxes: NDArray[np.float64], stated: tuple[int, int], hw: tuple[int, int], orientation: int
+) -> tuple[NDArray[np.float64], str]:
+    """Boxes [N, 4] drawn on a canvas of height and width `stated` -> on the upright photo `hw`; and the finding's kind.
+
+    Turned where they were drawn before the photo's EXIF orientation was applied, scaled where they were drawn on a
+    larger copy; else they are taken as pixels of the photo, whatever size was stated.
+    """
+    stored = hw[::-1] if orientation >= 5 else hw
+    fits = bool(np.all(boxes[:, 2:] <= (stated[1] + 1, stated[0] + 1)))
+    if orientation >= 5 and stated == stored and fits:
+        return turned(boxes, stated, orientation), "boxes turned"
+    scale = np.array([hw[1] / stated[1], hw[0] / stated[0]])
+    beyond = bool(np.any(boxes[:, 2:] > np.array(hw[::-1]) * (1 + _SAME_ASPECT)))
+    if fits and abs(scale[0] / scale[1] - 1) <= _SAME_ASPECT and beyond:
+        return boxes * np.tile(scale, 2), "boxes scaled"
+    return boxes, "size disagrees"
 
 
 def iou(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:

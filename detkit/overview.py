@@ -27,7 +27,7 @@ _MOST_CLASSES = 60  # rows on the terminal
 
 
 def run(
-    root: Path,
+    data: config.Data,
     split: str,
     *,
     size: tuple[int, int] | None = None,
@@ -46,9 +46,7 @@ def run(
     """
     if settings is not None and size is not None and size != settings.input.size:
         raise UserError("--size: the config has its own canvas; leave it out, or set input.size in the config")
-    data = settings.data.model_copy(update={"root": root}) if settings else config.Data(root=root)
-    with counting(console, "reading") as progress:
-        dataset = cache.load(data, split, progress)
+    dataset = cache.load_split(data, split, console)
     canvas = settings.input.size if settings else size or stats.usual_size(dataset)
     resize = settings.input.resize if settings else "stretch"
     found = stats.collect(dataset, split, canvas, resize)
@@ -75,7 +73,7 @@ def run(
                 tree=tree,
                 facts=facts(found),
                 pictures=uris,
-                root=str(root),
+                root=str(data.root),
                 suggestions=suggestions,
             )
     for path in (json_file, html, plots):

@@ -29,7 +29,7 @@ from detkit.data import cache, findings, pixels, stats
 from detkit.data.batch import Loader, repeat_factors
 from detkit.data.dataset import EvalSet, TrainSet
 from detkit.errors import Interrupted, UserError
-from detkit.evaluate import evaluate, load_split, table
+from detkit.evaluate import evaluate, table
 from detkit.files import atomic_write, next_folder
 from detkit.nn import weights
 from detkit.nn.contract import Losses
@@ -110,8 +110,8 @@ class Run:
         self.best, self.epoch, self.step_in_epoch = -1.0, 0, 0
         self.totals: dict[str, float] = {}  # of the losses, in this epoch
         self.device = pick_device(cfg.device)
-        self.train_data = load_split(settings.data, settings.data.train, console)
-        self.val_data = load_split(settings.data, settings.data.val, console)
+        self.train_data = cache.load_split(settings.data, settings.data.train, console)
+        self.val_data = cache.load_split(settings.data, settings.data.val, console)
         self.classes = self.train_data.classes
         torch.manual_seed(cfg.seed)
         self.detector = Detector(settings.model, settings.input, len(self.classes))
@@ -140,8 +140,8 @@ class Run:
         with counting(self.console, f"decoding {settings.data.train}") as progress:
             if cfg.cache == "ram":
                 return pixels.in_memory(files, canvas, rule, cfg.workers, progress)
-            folders, split = cache.folders(settings.data), settings.data.train
-            return pixels.on_disk(files, canvas, rule, folders, split, cfg.workers, progress)
+            places = cache.pixels(settings.data, settings.data.train, canvas, rule)
+            return pixels.on_disk(files, canvas, rule, places, cfg.workers, progress)
 
     @torch.no_grad()
     def recalibrate(self) -> None:

@@ -265,6 +265,16 @@ def test_eval_repeats_the_figures_of_training(trained, tmp_path, run):
     assert json.loads((tmp_path / "figures.json").read_text()) == expected
 
 
+def test_a_class_agnostic_eval_counts_what_is_found_under_a_wrong_name(trained, tmp_path, run):
+    figures = []
+    for words in ((), ("--class-agnostic",)):
+        code, out, err = run("eval", trained, "--json", tmp_path / "figures.json", *words)
+        assert code == 0, err
+        figures.append(json.loads((tmp_path / "figures.json").read_text()))
+    assert "any class" in out
+    assert figures[1]["AR"] > 2 * figures[0]["AR"]  # trained for two epochs, it finds more than it knows
+
+
 def test_eval_on_other_classes_is_one_line(trained, tmp_path, run):
     folder, _ = voc(tmp_path / "photos")
     (folder / "classes.txt").write_text("\n".join(reversed((folder / "classes.txt").read_text().split())))
@@ -281,6 +291,38 @@ def test_tools_predict_is_detkit_predict():
         [sys.executable, ROOT / "tools" / "predict.py", "--help"], capture_output=True, text=True, check=True
     )
     assert "--model" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["coco", "yolo", "labelme", "cvat", "openimages", "csv"])
+def test_any_format_is_trained_on_as_it_is(trained, run, tmp_path, name):
+    data = tmp_path / "data"
+    cli_ok("data", "convert", SHELF, data, "--to", name)
+    sets = [*TINY, "train.epochs=1", f"data.root={data}", f"data.format={name}", f"runs={tmp_path}"]
+    code, out, err = run("train", "-c", "ssd_shelf.yaml", "--set", *sets)
+    assert code == 0, err
+    assert "train: 24 photos, 629 objects, 16 classes" in out
+    figures = []
+    for root, how in ((data, name), (SHELF, "voc")):
+        code, _, err = run("eval", trained, "--data", root, "--format", how, "--json", tmp_path / "figures.json")
+        assert code == 0, err
+        figures.append(json.loads((tmp_path / "figures.json").read_text()))
+    for figure in ("mAP", "mAP50", "VOC_AP50", "AR"):
+        assert figures[0][figure] == pytest.approx(figures[1][figure])
+
+
+def test_splits_are_made_of_formats_that_have_none(run, tmp_path):
+    cli_ok("data", "convert", SHELF, tmp_path / "coco", "--to", "coco")
+    one_line(run("data", "split", tmp_path / "coco", "--format", "coco"), "splits of their own (train, val)", "VOC")
+    cli_ok("data", "convert", SHELF, tmp_path / "labelme", "--to", "labelme")
+    shutil.rmtree(tmp_path / "labelme" / "ImageSets")
+    code, out, err = run("data", "split", tmp_path / "labelme", "--format", "labelme", "--test", 0)
+    assert code == 0, err
+    assert "0-based" not in out
+    listed = (tmp_path / "labelme" / "ImageSets" / "Main" / "val.txt").read_text().split()
+    words = ("--format", "labelme", "--split", "val", "-o", tmp_path / "sheet.png")
+    code, out, err = run("data", "show", tmp_path / "labelme", *words)
+    assert code == 0, err
+    assert f"val: {len(listed)} photos" in out
 
 
 def test_synth_makes_a_data_set_that_trains(run, tmp_path):

@@ -23,16 +23,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 
 from detkit.config import Data
+from detkit.console import counting
 from detkit.data import scan, voc
-from detkit.data.findings import Finding
+from detkit.data.findings import Finding, summary
 from detkit.data.labels import Columns, DataSet, Labels, Remark
 from detkit.data.voc import Files, Progress
 from detkit.errors import UserError
 from detkit.files import atomic_write
 
 FOLDER = ".detkit-cache"
+PIXELS = ".pixels"
 _TICK = 20_000_000  # ns; Linux stamps files every 1 to 10 ms
 _Columns = dict[str, tuple[type[np.generic], tuple[int, ...]]]
 # The columns: their types, and their shapes beside the length.
@@ -109,8 +112,13 @@ def facts_paths(data: Data) -> list[Path]:
     return _places(data, "facts", (data.format,))
 
 
-def _places(data: Data, name: str, identity: tuple[Any, ...]) -> list[Path]:
-    file = f"{_short(str(data.root.resolve()))}-{name}-{_short(repr(identity))}.pickle"
+def pixels(data: Data, split: str, canvas: tuple[int, int], rule: str) -> list[Path]:
+    """Where the split's decoded photos may lie, see `detkit.data.pixels`, in each of `folders`."""
+    return _places(data, f"{canvas[0]}x{canvas[1]}-{rule}", (*_settings(data), split), PIXELS)
+
+
+def _places(data: Data, name: str, identity: tuple[Any, ...], suffix: str = ".pickle") -> list[Path]:
+    file = f"{_short(str(data.root.resolve()))}-{name}-{_short(repr(identity))}{suffix}"
     return [folder / file for folder in folders(data)]
 
 
@@ -160,14 +168,16 @@ def verify(data: Data, progress: Progress | None = None) -> list[str]:
     """Read every annotation's content and every image's header, whatever their stats, and make the facts anew; the
     splits' caches are removed where they relied on another content, so that they are made anew too.
 
-    The names of the annotations whose content is another than the facts say though size, times and inode are the same.
+    What other formats than VOC held is not kept, so nothing can be compared: their splits' caches are always removed.
+
+    The names of the annotations and photos that are not what the facts say though size, times and inode are the same.
     Raises UserError where the data set's root is missing or empty.
     """
     files = _settled(data)
     reader = _Reader(data, files, verify=True)
     found = scan.contents(data, files, reader.parse, progress)
     reader.check(data, [item.image for item in found.items], progress)
-    if reader.unseen:
+    if reader.unseen or data.format != "voc":
         clear(data)
     _write(facts_paths(data), _pack_facts(reader.facts()))
     return reader.unseen
@@ -186,7 +196,7 @@ def _build(data: Data, split: str, files: voc.Listing, digest: str, progress: Pr
 class _Reader:
     """Reads annotations and headers, those that the facts know from there.
 
-    unseen: the annotations whose content changed though their stat did not; looked for only to `verify`.
+    unseen: the annotations and photos that changed though their stat did not; looked for only to `verify`.
     """
 
     def __init__(self, data: Data, files: voc.Listing, verify: bool = False) -> None:
@@ -218,18 +228,26 @@ class _Reader:
 
     def check(self, data: Data, names: Sequence[str], progress: Progress | None = None) -> scan.Headers:
         """As `scan.check`."""
-        known = _NOTHING if self.verify else self.known
+        known = self.known
         stats = np.full((len(names), 4), -1, np.int64)
         listed = [(index, self.place[name]) for index, name in enumerate(names) if name in self.place]
         if listed:
             here, there = np.array(listed).T
             stats[here] = self.listing.images.stats[there]
         rows, same = _matched(known.images, Files(names, stats))
+        claimed = np.flatnonzero(same)
+        if self.verify:
+            same[:] = False
         fresh = np.flatnonzero(~same)
         read = scan.check(data, [names[index] for index in fresh.tolist()], progress)
         hw, orientation = np.zeros((len(names), 2), np.int32), np.ones(len(names), np.uint8)
         hw[fresh], orientation[fresh] = read.hw, read.orientation
         hw[same], orientation[same] = known.headers.hw[rows[same]], known.headers.orientation[rows[same]]
+        for index in claimed.tolist() if self.verify else ():
+            if np.any(hw[index] != known.headers.hw[rows[index]]) or (
+                orientation[index] != known.headers.orientation[rows[index]]
+            ):
+                self.unseen.append(names[index])
         self.images = Files(names, stats)
         self.headers = scan.Headers(hw, orientation, {int(fresh[i]): why for i, why in read.errors.items()})
         return self.headers
@@ -393,6 +411,16 @@ _NOTHING = _none()
 # --- for people -----------------------------------------------------------------------------------------------------
 
 
+def load_split(data: Data, split: str, console: Console) -> DataSet:
+    """`load` with a progress bar, a line about the split, and one for every kind of finding."""
+    with counting(console, f"reading {split}") as progress:
+        found = load(data, split, progress)
+    console.print(f"{split}: {len(found)} photos, {len(found.labels)} objects, {len(found.classes)} classes")
+    for line in summary(found.findings):
+        console.print(f"  {line}", highlight=False, markup=False, style="yellow")
+    return found
+
+
 class Entry(NamedTuple):
     """A cache file: of which split ('' for the facts), its bytes, photos and objects; -1 where it is damaged."""
 
@@ -405,8 +433,8 @@ class Entry(NamedTuple):
 
 def info(data: Data) -> list[Entry]:
     """The cache files of the data set, whatever the settings. Raises UserError where one holds code."""
-    entries = []
-    for path in _files(data):
+    entries = [Entry(path, "(pixels)", path.stat().st_size, -1, -1) for path in _files(data, PIXELS)]
+    for path in _files(data, ".pickle"):
         content = _open(path)
         try:
             ends, objects = (
@@ -423,7 +451,7 @@ def info(data: Data) -> list[Entry]:
 
 def clear(data: Data) -> list[Path]:
     """Remove every cache file of the data set, whatever the settings; the removed ones."""
-    files = _files(data)
+    files = _files(data, ".pickle") + _files(data, PIXELS)
     for path in files:
         try:
             path.unlink(missing_ok=True)
@@ -432,6 +460,6 @@ def clear(data: Data) -> list[Path]:
     return files
 
 
-def _files(data: Data) -> list[Path]:
+def _files(data: Data, suffix: str) -> list[Path]:
     prefix = _short(str(data.root.resolve()))
-    return sorted(path for folder in folders(data) for path in folder.glob(f"{prefix}-*.pickle"))
+    return sorted(path for folder in folders(data) for path in folder.glob(f"{prefix}-*{suffix}"))

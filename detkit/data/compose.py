@@ -37,10 +37,10 @@ from detkit.data.synth import (
     SMALL_SIDE,
     Drawn,
     pooled,
-    require_free,
     write_set,
 )
 from detkit.errors import UserError, need
+from detkit.files import require_free
 from detkit.types import DIFFICULT, OCCLUDED, TRUNCATED
 
 Array = NDArray[Any]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from detkit.config import Data
 from detkit.errors import UserError
 from detkit.files import atomic_write
 
@@ -78,7 +79,9 @@ KINDS: dict[str, Kind] = {
     "two classes on one box": Kind("note", "Delete the wrong one of the two, unless both are meant."),
     "box covers the image": Kind("note", "Check that it is a product, not the whole photo as one label."),
     "tiny box": Kind("note", "Train on a larger canvas (input.size), or in tiles; delete what a person can't name."),
-    "decimals": Kind("note", "Nothing needs doing: decimals are kept. LabelImg does not open such a file."),
+    "decimals": Kind(
+        "note", "Nothing needs doing: decimals are kept. Old versions of LabelImg do not open such a file."
+    ),
     "wrong extension": Kind("note", "Rename the file: other programs go by the extension."),
     "EXIF-turned photo": Kind("note", "Nothing needs doing where the boxes lie on the photo as people see it."),
     "greyscale photo": Kind("note", "Nothing needs doing, if the photos to be predicted are greyscale as well."),
@@ -97,6 +100,7 @@ KINDS: dict[str, Kind] = {
     "unlabelled not listed": Kind("change", "Label the photos, or choose a format with a file a photo."),
     "photo renamed": Kind("change", "Nothing needs doing; the numbers stand in the new names."),
     "in no split": Kind("change", "Add the photos to a split, if they should be used."),
+    "photo not listed": Kind("note", "Label the photo, if it should be used: no annotation file names it."),
     "unused category": Kind("note", "Set data.classes to leave classes out."),
     "mask not read": Kind("note", "Nothing needs doing: training uses boxes. Keep the original where masks matter."),
     "not read": Kind("note", "Keep the original where this matters."),
@@ -109,13 +113,14 @@ def located(line: int, what: str) -> str:
     return f"line {line}: {what}" if line else what
 
 
-def refusal(root: Path, errors: Sequence[Finding]) -> UserError:
+def refusal(data: Data, errors: Sequence[Finding]) -> UserError:
     """The first error as one line that says what to do, and how many more there are."""
     first = errors[0]
     count = len(errors) - 1
-    more = f" ({count} more error{'s' * (count > 1)}: run  detkit data audit {root} )" if count else ""
+    command = f"detkit data audit {data.root}" + (f" --format {data.format}" if data.format != "voc" else "")
+    more = f" ({count} more error{'s' * (count > 1)}: run  {command} )" if count else ""
     advice = KINDS[first.kind].advice
-    return UserError(f"{root / first.file}: {located(first.line, first.what)}{more}. {advice}")
+    return UserError(f"{data.root / first.file}: {located(first.line, first.what)}{more}. {advice}")
 
 
 def level(finding: Finding) -> Level:

@@ -6,7 +6,6 @@ mended changes. Boxes become what training makes of them, by the same code.
 
 from __future__ import annotations
 
-import os
 import posixpath
 import shutil
 from collections import Counter
@@ -23,10 +22,10 @@ from detkit.data import voc
 from detkit.data.audit import LEAKS, SUFFIXES, Audit
 from detkit.data.findings import KINDS, Finding, level, write
 from detkit.data.labels import Columns
-from detkit.data.scan import Headers, _Split, shown
-from detkit.data.synth import require_free
+from detkit.data.scan import Headers, Split, shown
 from detkit.data.voc import BadFileError, Item, Progress
 from detkit.errors import UserError, need
+from detkit.files import whole_folder
 from detkit.formats import number, voc_xml
 
 LOG = "changes.jsonl"
@@ -57,21 +56,12 @@ def fix(audit: Audit, out: Path, progress: Progress | None = None) -> list[Findi
     the source is not touched. A line of the log is a Finding; each object that is not in the copy has one. progress:
     called with (photos done, in all). Raises UserError where `out` can't be written or lies inside the source.
     """
-    require_free(out)
     root = audit.data.root.resolve()
     if out.resolve().is_relative_to(root):
         raise UserError(f"{out} lies inside the data set, which is not to be touched: name a folder elsewhere")
-    temp = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
-    try:
+    with whole_folder(out) as temp:
         copy = _Copy(audit, temp)
         copy.write(progress)
-        if out.exists():
-            out.rmdir()  # Windows does not replace even an empty folder
-        temp.replace(out)
-    except OSError as error:
-        raise UserError(f"{error.filename or out}: can't be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
     return copy.changes
 
 
@@ -167,7 +157,7 @@ class _Copy:
         as_it_is = self.data.format == "voc" and bool(item.file)
         content = (self.data.root / item.file).read_bytes() if as_it_is else self._xml(place, photo.name).encode()
         try:
-            tree = voc.tree(content)
+            tree = voc.tree(content, blank=True)
         except BadFileError as error:  # it was XML when it was audited
             raise UserError(f"{self.data.root / item.file}: changed meanwhile ({error.args[1]})") from None
         mending = _Mending(self, place, tree, self.survey.convention if as_it_is else "edges")
@@ -244,7 +234,7 @@ class _Mending:
     def _correct(self, parent: Any) -> None:
         """Give the misspelt tags among the children their right names."""
         for child in list(parent):
-            right = voc._nearest_tag(parent.tag, child.tag)
+            right = voc.nearest_tag(parent.tag, child.tag)
             if not right:
                 continue
             what = f"<{child.tag}> in <{parent.tag}> looks like <{right}>"
@@ -260,7 +250,7 @@ class _Mending:
         columns, elements = Columns(), []
         for element in self.tree.findall("object"):
             before, known = len(columns.names), len(columns.remarks)
-            voc._object(element, columns)
+            voc.take(element, columns)
             for remark in columns.remarks[known:]:
                 if remark.kind == "object unreadable":
                     self._note(remark.kind, remark.what, "left out", remark.line)
@@ -270,21 +260,21 @@ class _Mending:
                 self.tree.remove(element)
                 continue
             elements.append(element)
-            for tag in voc._FLAGS:
+            for tag in voc.FLAGS:
                 flag = element.find(tag)
-                if flag is not None and (flag.text or "").strip() not in voc._YES | voc._NO:
+                if flag is not None and (flag.text or "").strip() not in voc.YES | voc.NO:
                     flag.text = "0"
         return columns, elements
 
     def _boxes(self, columns: Columns, elements: Sequence[Any]) -> None:
         survey, headers = self.copy.survey, self.copy.survey.headers
         size = self.tree.find("size")
-        columns.end(voc._size(size) if size is not None else None)
+        columns.end(voc.size(size) if size is not None else None)
         labels = columns.labels()
         own = slice(self.place, self.place + 1)
         header = Headers(headers.hw[own], headers.orientation[own], {})
         before = voc.edges(labels.boxes, self.convention)
-        split = _Split(
+        split = Split(
             self.copy.data,
             [Item(self.item.image, self.item.file or self.item.image)],
             replace(labels, boxes=before),
@@ -331,7 +321,7 @@ class _Mending:
         if not stated or element is None:
             return
         stem = posixpath.splitext(filename)[0]
-        if renamed or not voc._same_stem(stated, stem):
+        if renamed or not voc.same_stem(stated, stem):
             element.text = filename
             self._note(
                 "filename differs", f"<filename> is '{stated[:80]}'", f"{filename} is written", element.sourceline
@@ -345,7 +335,7 @@ def _shift(convention: str) -> NDArray[np.float64]:
 
 
 def _set_box(bndbox: Any, corners: NDArray[np.float64]) -> None:
-    for tag, place in voc._CORNERS.items():
+    for tag, place in voc.CORNERS.items():
         bndbox.find(tag).text = number(float(corners[place]))
 
 

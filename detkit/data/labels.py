@@ -120,6 +120,15 @@ class Labels:
         )
 
 
+def stated_size(height: object, width: object) -> tuple[int, int] | None:
+    """A height and width as a file states them, None where they are none."""
+    try:
+        sides = int(float(height)), int(float(width))  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return sides if 0 < sides[0] < 2**31 and 0 < sides[1] < 2**31 else None
+
+
 class Remark(NamedTuple):
     """Something odd in an annotation file: whose (a row of Labels), its kind, the line, what it is."""
 

@@ -31,7 +31,7 @@ from detkit.files import atomic_file
 Window = tuple[float, float, float, float]
 _REDUCTIONS = (8, 4, 2)  # what every JPEG decoder offers at full speed
 # Pixels of the reduced photo to one that is needed. With 1.0 it comes out sharper than by the resize alone, which cost
-# a checkpoint 0.005 mAP; with 1.1, 0.001; from 1.25 on, nothing.
+# a checkpoint 0.005 mAP; with 1.1, 0.001; from 1.25 on, nothing, on other photos than those it was chosen on neither.
 _SPARE = 1.25
 _SLACK = 1e-6  # of a pixel
 _CHUNK = 64  # photos decoded ahead while a cache is made
@@ -225,39 +225,36 @@ def on_disk(
     files: Files,
     canvas: tuple[int, int],
     rule: geometry.Rule,
-    folders: Sequence[Path],
-    split: str,
+    paths: Sequence[Path],
     threads: int,
     progress: Progress,
 ) -> Decoded:
-    """As `in_memory`, but in a file in the first of `folders` that can be written. It is used again while the photos
+    """As `in_memory`, but in the first file of `paths` that can be written. It is used again while the photos
     are the same, and else replaced once the new one is complete.
 
     Raises UserError where a photo can't be decoded, or the disk is too full.
     """
     sizes = _sizes(files.dataset, canvas, rule)
     total, key = int(_lengths(sizes).sum()), _key(files, sizes)
-    identity = hashlib.sha256(repr((os.path.realpath(files.dataset.root), split)).encode("utf-8", "surrogateescape"))
-    name = f"{identity.hexdigest()[:16]}-{canvas[0]}x{canvas[1]}-{rule}.pixels"
-    paths = [folder / name for folder in folders if _is_writable(folder)]
-    for path in paths:
+    usable = [path for path in paths if _is_writable(path.parent)]
+    for path in usable:
         if not _is_whole(path, key, _KEY_BYTES + total + 32 * len(sizes)):
             continue
         extents = np.fromfile(path, np.float64, offset=_KEY_BYTES + total).reshape(-1, 4)
         return Decoded(sizes, extents, path=path)
-    if not paths:
-        raise UserError(f"{folders[0]}: can't be written, so train.cache: disk has no place; set data.cache")
-    free = shutil.disk_usage(paths[0].parent).free
+    if not usable:
+        raise UserError(f"{paths[0].parent}: can't be written, so train.cache: disk has no place; set data.cache")
+    free = shutil.disk_usage(usable[0].parent).free
     if total > free:
-        raise UserError(f"{paths[0].parent}: train.cache: disk needs {_gib(total)}, {_gib(free)} are free")
+        raise UserError(f"{usable[0].parent}: train.cache: disk needs {_gib(total)}, {_gib(free)} are free")
     extents = np.empty((len(sizes), 4))
-    with atomic_file(paths[0]) as file:
+    with atomic_file(usable[0]) as file:
         file.write(key)
         for index, (image, extent) in enumerate(_decode_all(files, sizes, threads, progress)):
             extents[index] = extent
             file.write(image.tobytes())
         file.write(extents.tobytes())
-    return Decoded(sizes, extents, path=paths[0])
+    return Decoded(sizes, extents, path=usable[0])
 
 
 def _sizes(dataset: DataSet, canvas: tuple[int, int], rule: geometry.Rule) -> NDArray[np.int32]:
@@ -300,7 +297,7 @@ def _key(files: Files, sizes: NDArray[np.int32]) -> bytes:
     for index in range(len(dataset)):
         with suppress(OSError):  # decoding says what is wrong
             stat = os.stat(dataset[index].path)  # noqa: PTH116 - a Path costs more than the rest
-            digest.update(struct.pack("<qq", stat.st_size, stat.st_mtime_ns))
+            digest.update(repr((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)).encode())
     return digest.digest()
 
 

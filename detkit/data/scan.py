@@ -21,10 +21,8 @@ from detkit.formats import number
 
 VERSION = 2  # raise it when the same files would give another DataSet: it makes old caches stale
 
-# A photo's size as written agrees with another one where the aspect ratios differ by no more than this share.
-_SAME_ASPECT = 0.02
 # Of all boxes: so many that start below 1 are no slip of the hand but 0-based coordinates.
-_TELLING = 0.001
+_TELLING, _FEWEST = 0.001, 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,10 +51,6 @@ class Headers:
     hw: NDArray[np.int32]
     orientation: NDArray[np.uint8]
     errors: dict[int, str]
-
-    def stored(self) -> NDArray[np.int32]:
-        """int32 [N, 2]: height and width before the EXIF orientation is applied."""
-        return np.where(self.orientation[:, None] >= 5, self.hw[:, ::-1], self.hw)
 
 
 class Survey(NamedTuple):
@@ -120,12 +114,18 @@ def contents(data: Data, files: Listing, parse: Parse = parse, progress: Progres
         )
     from detkit.data import convert
 
-    names = convert.splits(data.format, data.root)
-    sources = [convert.read(data.format, data.root, name) for name in names or (None,)]
+    by_split = convert.read_all(data.format, data.root)
+    names, sources = [name for name in by_split if name], list(by_split.values())
     photos = [photo for source in sources for photo in source.photos]
     findings += [finding for source in sources for finding in source.findings]
     ends = np.cumsum([len(source.photos) for source in sources])
     splits = {name: np.arange(end - len(s.photos), end) for name, s, end in zip(names, sources, ends, strict=False)}
+    listed = {photo.image for photo in photos}
+    findings += [
+        Finding("photo not listed", name, "no annotation file names it", "not used", 0, name)
+        for name in files.images.names
+        if name not in listed
+    ]
     known: dict[str, None] = {}
     for source in sources:
         known |= dict.fromkeys(source.classes)
@@ -136,8 +136,19 @@ def contents(data: Data, files: Listing, parse: Parse = parse, progress: Progres
         annotated=np.array([photo.annotation is not None for photo in photos], np.bool_),
         splits=splits or None,
         classes=tuple(known),
-        findings=tuple(findings),
+        findings=tuple(dict.fromkeys(findings)),  # what a file with several splits holds is told with each
     )
+
+
+def require_no_splits(data: Data) -> None:
+    """Raise UserError where the format itself says which split a photo is in, so that split files would not be read."""
+    from detkit.data import convert
+
+    if data.format != "voc" and (names := convert.splits(data.format, data.root)):
+        raise UserError(
+            f"{data.root}: its {data.format} files hold splits of their own ({', '.join(names)}); to divide it anew, "
+            "make it a VOC data set first, with detkit data convert"
+        )
 
 
 def choose(data: Data, split: str, found: Contents, findings: list[Finding]) -> NDArray[np.int64]:
@@ -154,22 +165,23 @@ def choose(data: Data, split: str, found: Contents, findings: list[Finding]) -> 
     raise UserError(f"{data.root}: no split '{split}'{nearest(split, found.splits)}; there are: {names}")
 
 
-def convention(data: Data, labels: Labels) -> tuple[str, str]:
-    """How the data set's VOC corners are read, 'edges' or 'devkit', and why."""
+def convention(data: Data, labels: Labels, files: int) -> tuple[str, str]:
+    """How the corners in the data set's VOC annotations, of which there are `files`, are read: 'edges' or 'devkit', and
+    why."""
     if data.format != "voc":
         return "edges", f"as {data.format} has it"
     if data.convention != "auto":
-        return data.convention, "data.convention says so"
-    below = int(np.any(labels.boxes[:, :2] < 1, axis=1).sum())
-    if below and below >= _TELLING * len(labels.boxes):
+        return data.convention, "the setting says so"
+    below = int(np.any((labels.boxes[:, :2] >= 0) & (labels.boxes[:, :2] < 1), axis=1).sum())
+    if below >= max(_FEWEST, _TELLING * len(labels.boxes)):
         return "edges", f"{below} of {len(labels.boxes)} boxes start below 1, which 1-based pixels never do"
     for origin, answer, tool in (
         (VOC_DEVKIT, "devkit", "are from the VOC devkit"),
         (LABELLING_TOOL, "edges", "are of an unknown database, as LabelImg writes"),
     ):
         count = int((labels.origins == origin).sum())
-        if 2 * count > len(labels):
-            return answer, f"{count} of {len(labels)} annotations say they {tool}"
+        if 2 * count > files:
+            return answer, f"{count} of {files} annotations say they {tool}"
     if np.any(labels.boxes % 1):
         return "edges", "there are decimals, which pixel counts never have"
     return "edges", "nothing speaks for 1-based pixels"
@@ -185,7 +197,7 @@ def shown(box: Sequence[float]) -> str:
     return " ".join(number(value) for value in box)
 
 
-class _Split:
+class Split:
     """The photos being made a split; what is found on the way goes to `findings`."""
 
     def __init__(self, data: Data, items: Sequence[Item], labels: Labels, headers: Headers) -> None:
@@ -249,7 +261,7 @@ class _Split:
 
     def fit(self) -> None:
         """Compare the sizes as written with the photos', and move boxes that were drawn on another canvas."""
-        stated, hw, stored = self.labels.hw, self.headers.hw, self.headers.stored()
+        stated, hw = self.labels.hw, self.headers.hw
         there = (hw[:, 0] > 0) & ~np.isin(
             np.arange(len(hw)),
             [remark.photo for remark in self.labels.remarks if remark.kind == "annotation unreadable"],
@@ -263,28 +275,19 @@ class _Split:
                     "size missing", photo, "the annotation states no size", f"the image's {width}x{height} is used"
                 )
         for photo in np.flatnonzero(there & told & np.any(stated != hw, axis=1)).tolist():
-            self._refit(photo, tuple(stated[photo].tolist()), tuple(hw[photo].tolist()), stored[photo].tolist())
+            self._refit(photo, tuple(stated[photo].tolist()), tuple(hw[photo].tolist()))
 
-    def _refit(self, photo: int, stated: tuple[int, int], hw: tuple[int, int], stored: list[int]) -> None:
-        what = f"the annotation says {stated[1]}x{stated[0]}, the image is {hw[1]}x{hw[0]}"
+    def _refit(self, photo: int, stated: tuple[int, int], hw: tuple[int, int]) -> None:
         first = int(self.labels.ends[photo - 1]) if photo else 0
         own = slice(first, int(self.labels.ends[photo]))
-        boxes = self.boxes[own]
-        fits = bool(np.all(boxes[:, 2:] <= (stated[1] + 1, stated[0] + 1)))
-        orientation = int(self.headers.orientation[photo])
-        scale = np.array([hw[1] / stated[1], hw[0] / stated[0]])
-        if orientation >= 5 and stated == tuple(stored) and fits:
-            self._note("boxes turned", photo, f"{what} turned by its EXIF tag", "the boxes are turned with it")
-            self.boxes[own] = geometry.turned(boxes, stated, orientation)
-        elif (
-            fits
-            and abs(scale[0] / scale[1] - 1) <= _SAME_ASPECT
-            and bool(np.any(boxes[:, 2:] > np.array(hw[::-1]) * (1 + _SAME_ASPECT)))
-        ):
-            self._note("boxes scaled", photo, f"{what}, too small for its boxes", "the boxes are scaled to the image")
-            self.boxes[own] = boxes * np.tile(scale, 2)
-        else:
-            self._note("size disagrees", photo, what, "the image's size is used, boxes are taken as written")
+        self.boxes[own], kind = geometry.fitted(self.boxes[own], stated, hw, int(self.headers.orientation[photo]))
+        more, action = {
+            "boxes turned": (" turned by its EXIF tag", "the boxes are turned with it"),
+            "boxes scaled": (", too small for its boxes", "the boxes are scaled to the image"),
+            "size disagrees": ("", "the image's size is used, boxes are taken as written"),
+        }[kind]
+        what = f"the annotation says {stated[1]}x{stated[0]}, the image is {hw[1]}x{hw[0]}{more}"
+        self._note(kind, photo, what, action)
 
     def clip(self) -> NDArray[np.bool_]:
         """Exchange inverted corners, clip to the photo; bool [M]: the boxes of which something remains."""
@@ -315,7 +318,7 @@ def _assemble(
     classes: tuple[str, ...],
 ) -> tuple[DataSet, list[Finding]]:  # fmt: skip
     """The split, from boxes in edges, and what was found; errors among that are for the caller to refuse."""
-    split = _Split(data, items, labels, headers)
+    split = Split(data, items, labels, headers)
     usable = split.usable(annotated)
     ids = split.classify(classes)
     split.fit()
@@ -336,12 +339,12 @@ def _assemble(
     ), split.findings
 
 
-def _read(data: Data, found: Contents) -> tuple[Labels, Finding]:
-    """The labels in 0-based edges, and how they were read."""
-    how, why = convention(data, found.labels)
+def _read(data: Data, found: Contents) -> tuple[Labels, Finding, str]:
+    """The labels in 0-based edges, and how they were read: as a finding, and the convention."""
+    how, why = convention(data, found.labels, int(found.annotated.sum()))
     meaning = {"edges": "0-based edges", "devkit": "1-based inclusive pixels"}[how]
     labels = replace(found.labels, boxes=voc.edges(found.labels.boxes, how))
-    return labels, Finding("coordinates", "", why, f"corners are read as {meaning}")
+    return labels, Finding("coordinates", "", why, f"corners are read as {meaning}"), how
 
 
 def scan(
@@ -364,7 +367,7 @@ def scan(
     found = contents(data, files, parse, progress)
     findings = list(found.findings)
     rows = choose(data, split, found, findings)
-    labels, how = _read(data, found)
+    labels, how, _ = _read(data, found)
     items = [found.items[row] for row in rows]
     headers = check(data, [item.image for item in items], progress)
     classes = _classes(data, found)
@@ -372,7 +375,7 @@ def scan(
     findings += more
     errors = [finding for finding in findings if level(finding) == "error"]
     if errors:
-        raise refusal(data.root, errors)
+        raise refusal(data, errors)
     if not classes or not len(labels.take(rows).names):
         raise UserError(f"{data.root}: no object in any of the {len(items)} annotations of split '{split}'")
     if data.format == "voc" and data.convention == "auto":
@@ -393,14 +396,13 @@ def survey(data: Data, progress: Progress | None = None) -> Survey:
             splits[name] = choose(data, name, found, findings)
         except UserError as error:
             findings.append(Finding("split unusable", "", str(error), REFUSED))
-    labels, how = _read(data, found)
+    labels, how, read_as = _read(data, found)
     headers = check(data, [item.image for item in found.items], progress)
     classes = _classes(data, found)
-    split = _Split(data, found.items, labels, headers)
+    split = Split(data, found.items, labels, headers)
     usable = split.usable(found.annotated)
     ids = split.classify(classes)
     split.fit()
     kept = split.clip() & usable[split.photo] & (ids >= 0)
-    read_as = convention(data, found.labels)[0]
     found_all = (how, *findings, *split.findings)
     return Survey(found.items, labels, read_as, split.boxes, kept, headers, splits, classes, found_all)

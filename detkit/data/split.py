@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Column, Table
 
-from detkit.config import Data
-from detkit.data import cache, similar, voc
+from detkit.data import similar, voc
 from detkit.data.labels import DataSet
 from detkit.data.voc import Progress
 from detkit.errors import UserError
+from detkit.files import whole_folder
 
 
 class _Units(NamedTuple):
@@ -106,20 +105,19 @@ def _units(dataset: DataSet, unit: NDArray[np.int64]) -> _Units:
 
 
 def divide(
-    data: Data,
+    dataset: DataSet,
     shares: Mapping[str, float],
     seed: int = 0,
     *,
     workers: int = 0,
     progress: Progress | None = None,
 ) -> Division:
-    """The whole data set, whatever splits it has, divided into splits of those shares (which add up to 1).
+    """A data set divided into splits of those shares (which add up to 1).
 
     It depends on the photos' names and pixels, the annotations and the seed; not on the order of files or the number of
     processes. progress: called with (photos compared, photos in all). Raises UserError, naming the file, where
     something can't be read, and where a split would be empty.
     """
-    dataset = cache.load(data, "all")
     names = [dataset.name(index) for index in range(len(dataset))]
     by_name = sorted(range(len(names)), key=names.__getitem__)
     hashes = similar.fingerprints([os.path.join(dataset.root, name) for name in names], workers, progress)  # noqa: PTH118
@@ -132,7 +130,7 @@ def divide(
     for name, photos in zip(shares, lists, strict=True):
         if not photos:
             raise UserError(
-                f"{data.root}: {len(names)} photos in {len(sizes)} groups leave none for '{name}'; change its share"
+                f"{dataset.root}: {len(names)} photos in {len(sizes)} groups leave none for '{name}'; change its share"
             )
     objects = np.zeros((len(shares), len(dataset.classes)), np.int64)
     photo = np.repeat(np.arange(len(dataset)), np.diff(dataset.box_ends, prepend=0))
@@ -141,28 +139,12 @@ def divide(
     return Division(tuple(shares), dataset.classes, lists, objects, int(many.sum()), int(sizes[many].sum()))
 
 
-def vacant(folder: Path) -> None:
-    """Raise UserError where the folder is no place for new lists: it holds something already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not empty: move its files away, or name another folder with --out")
-
-
 def write(division: Division, folder: Path) -> None:
     """Write <split>.txt, one photo a line, to `folder`, which must not hold anything yet; all of them or none.
 
     Raises UserError where it does, or can't be written.
     """
-    vacant(folder)
-    temporary = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
+    with whole_folder(folder) as temporary:
         for name, photos in zip(division.splits, division.lists, strict=True):
             lines = "".join(f"{photo}\n" for photo in photos)
             (temporary / f"{name}.txt").write_text(lines, encoding="utf-8", errors="surrogateescape", newline="\n")
-        if folder.exists():
-            folder.rmdir()  # Windows does not replace even an empty folder
-        temporary.replace(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

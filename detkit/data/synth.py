@@ -15,7 +15,6 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -30,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
-from detkit.errors import UserError
+from detkit.files import whole_folder
 from detkit.formats import voc_xml
 from detkit.types import DIFFICULT, OCCLUDED, TRUNCATED
 
@@ -756,7 +755,7 @@ def _label(name: str, w: int, h: int, front: float) -> Image.Image:
 
 
 @lru_cache(maxsize=256)
-def _sprite(product: int, turn: int) -> Image.Image:
+def cut_out(product: int, turn: int) -> Image.Image:
     """A package, RGBA at CM / 2 px per cm, cropped to its alpha; turn: -2..2, the side that comes into view."""
     p = PRODUCTS[product]
     drawn = _SHAPES[p.shape](p, turn / 2)
@@ -766,7 +765,7 @@ def _sprite(product: int, turn: int) -> Image.Image:
 
 @lru_cache(maxsize=64)  # a run's facings share a few sizes and lights
 def _scaled(product: int, turn: int, scale: float, light: float) -> Image.Image:
-    sprite, k = _sprite(product, turn), scale / (CM / 2)
+    sprite, k = cut_out(product, turn), scale / (CM / 2)
     size = (max(4, round(sprite.width * k)), max(4, round(sprite.height * k)))
     sprite = sprite.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
     return ImageEnhance.Brightness(sprite).enhance(light)
@@ -1252,12 +1251,6 @@ def pooled(
             yield result
 
 
-def require_free(out: Path) -> None:
-    """Raise UserError where `out` holds something."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: name another folder, or remove it first")
-
-
 def write_set(
     out: Path,
     draw: Callable[[int], Drawn],
@@ -1274,10 +1267,8 @@ def write_set(
     draw: can be pickled, and depends on the number alone, so the bytes don't depend on `workers`. prefix: of the
     photos' names. progress: called with (done, total). `out` appears whole or not at all. Raises UserError.
     """
-    require_free(out)
-    temp = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
     names = [f"{prefix}_{k:05d}" for k in range(train + val)]
-    try:
+    with whole_folder(out) as temp:
         for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
             (temp / folder).mkdir(parents=True)
         for _ in pooled(partial(_write, temp, prefix, draw), range(len(names)), workers, progress):
@@ -1288,11 +1279,6 @@ def write_set(
             ("classes.txt", classes),
         ):
             (temp / path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
-        if out.exists():
-            out.rmdir()  # Windows does not replace even an empty folder
-        temp.replace(out)
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
 
 
 def synthesise(

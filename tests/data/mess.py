@@ -90,7 +90,7 @@ def make(root: Path, scene: Scene = scene) -> list[Expected]:
         maker.add(f"sound{index:02d}")
     for index in range(4):
         maker.add(f"held{index}", split="val")
-    found = [Expected("coordinates", "", "start below 1", "0-based edges")]
+    found = [Expected("coordinates", "", "as LabelImg writes", "0-based edges")]
     for add in (_files, _sizes, _boxes, _names, _pixels, _twins, _lists):
         found += add(maker)
     for split, lines in maker.lists.items():

@@ -124,6 +124,7 @@ def make_cvat(root: Path) -> None:
 
 def make_open_images(root: Path) -> None:
     save_image(root / "train" / "a.jpg")
+    save_image(root / "train" / "new.jpg", seed=1)
     put(root / "class-descriptions-boxable.csv", "/m/1,Can\n")
     head = (
         "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
@@ -141,6 +142,7 @@ OTHER_FORMATS: dict[str, tuple[str, Callable[[Path], None], str, str, str]] = {
     "photo annotated twice": ("coco", make_coco, "instances.json", "b.jpg", "put together"),
     "rotated box": ("cvat", make_cvat, "annotations.xml", "30", "the box round it"),
     "no box": ("cvat", make_cvat, "annotations.xml", "<points>", "left out"),
+    "photo not listed": ("openimages", make_open_images, "train/new.jpg", "no annotation file", "not used"),
     "photo absent": ("openimages", make_open_images, "train-annotations-bbox.csv", "1 photos", "left out"),
 }
 

@@ -213,7 +213,7 @@ def test_workers_share_a_cache_of_decoded_photos(photos: DataSet, tmp_path: Path
     def source() -> Decoded:
         if where == "ram":
             return in_memory(files, (48, 64), "stretch", 1, lambda *_: None)
-        return on_disk(files, (48, 64), "stretch", [tmp_path], "train", 1, lambda *_: None)
+        return on_disk(files, (48, 64), "stretch", [tmp_path / "a.pixels"], 1, lambda *_: None)
 
     # A cache of the photos' own size is what decoding in full gives.
     plain = Loader(TrainSet(photos, SMALL, Augment(mosaic=0.5), 0, Files(photos, False)), 3, 0, seed=0)
@@ -231,7 +231,7 @@ def test_a_spawned_process_sees_a_cache_of_decoded_photos(photos: DataSet, tmp_p
     if where == "ram":
         source = in_memory(files, (48, 64), "stretch", 1, lambda *_: None)
     else:
-        source = on_disk(files, (48, 64), "stretch", [tmp_path], "train", 1, lambda *_: None)
+        source = on_disk(files, (48, 64), "stretch", [tmp_path / "a.pixels"], 1, lambda *_: None)
     context = multiprocessing.get_context("spawn")
     sums = context.Queue()
     process = context.Process(target=_numbers, args=(source, sums))

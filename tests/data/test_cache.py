@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from detkit import imaging
 from detkit.config import Data
-from detkit.data import cache, scan, voc
+from detkit.data import cache, convert, pixels, scan, voc
 from detkit.data.labels import DataSet
 from detkit.errors import UserError
 from tests.data.photos import CAN, make_voc, save_image, save_xml
@@ -272,6 +273,34 @@ def test_verify_finds_what_the_stat_hides(data: Data, monkeypatch: pytest.Monkey
     assert cache.verify(data) == ["Annotations/p1.xml", "Annotations/p3.xml"]
     assert same(cache.load(data, "train"), scan.scan(data, "train"))
     assert cache.verify(data) == []
+
+
+def test_verify_sees_a_photo_of_another_size_and_forgets_what_it_cannot_compare(
+    data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.load(data, "train")
+    listed = voc.listing(data)
+    Image.new("RGB", (32, 24)).save(data.root / "JPEGImages" / "p0.jpg")
+    monkeypatch.setattr(voc, "listing", lambda _: listed)
+    assert cache.verify(data) == ["JPEGImages/p0.jpg"]
+    assert cache.load(data, "train").hw[0].tolist() == [24, 32]
+    monkeypatch.undo()
+    other = Data(root=data.root.with_name("other"), format="labelme")
+    convert.convert(data.root, other.root, "labelme")
+    cache.load(other, "all")
+    place = cache.paths(other, "all")[0]
+    assert place.exists()
+    assert cache.verify(other) == []
+    assert not place.exists()
+
+
+def test_the_decoded_photos_are_listed_and_cleared_as_well(data: Data) -> None:
+    cache.load(data, "train")
+    place = cache.pixels(data, "train", (24, 32), "stretch")[0]
+    pixels.on_disk(pixels.Files(cache.load(data, "train"), False), (24, 32), "stretch", [place], 1, lambda *_: None)
+    assert place in [entry.path for entry in cache.info(data)]
+    assert place in cache.clear(data)
+    assert cache.info(data) == []
 
 
 def test_damaged_facts_are_not_used(data: Data) -> None:

@@ -136,7 +136,7 @@ def test_a_cache_gives_the_photos_at_the_canvas_resolution(photos: DataSet, tmp_
     told: list[tuple[int, int]] = []
     for canvas, size in (((24, 16), (24, 16)), ((24, 200), (24, 64)), ((500, 500), (48, 64))):
         kept = pixels.in_memory(files, canvas, "stretch", 2, lambda done, total: told.append((done, total)))
-        mapped = pixels.on_disk(files, canvas, "stretch", [tmp_path / "c"], "train", 2, nothing)
+        mapped = pixels.on_disk(files, canvas, "stretch", [tmp_path / "c" / f"{canvas}.pixels"], 2, nothing)
         for index in range(6):
             one, other = kept(index, 1.0), mapped(index, 1.0)
             assert one.image.shape[:2] == size
@@ -153,7 +153,9 @@ def test_a_cache_of_reduced_photos_knows_what_they_span(tmp_path: Path) -> None:
     photos = cache.load(Data(root=root), "train")
     kept = pixels.in_memory(Files(photos, reduced=True), (10, 20), "stretch", 1, nothing)
     assert kept(0, 1.0).extent == (0, 0, 208, 104)
-    mapped = [pixels.on_disk(Files(photos, True), (10, 20), "stretch", [tmp_path], "train", 1, nothing) for _ in "12"]
+    mapped = [
+        pixels.on_disk(Files(photos, True), (10, 20), "stretch", [tmp_path / "a.pixels"], 1, nothing) for _ in "12"
+    ]
     assert mapped[0](0, 1.0).extent == mapped[1](0, 1.0).extent == (0, 0, 208, 104)
 
 
@@ -166,7 +168,7 @@ def test_the_file_is_used_again_until_a_photo_changes(
 
     def load() -> pixels.Decoded:
         decoded.clear()
-        return pixels.on_disk(files, (24, 32), "stretch", [tmp_path / "c"], "train", 1, nothing)
+        return pixels.on_disk(files, (24, 32), "stretch", [tmp_path / "c" / "a.pixels"], 1, nothing)
 
     load()
     assert len(decoded) == 6
@@ -183,7 +185,7 @@ def test_the_file_is_used_again_until_a_photo_changes(
 
 
 def test_another_process_maps_the_file_and_copies_nothing(photos: DataSet, tmp_path: Path) -> None:
-    mapped = pixels.on_disk(Files(photos, True), (48, 64), "stretch", [tmp_path / "c"], "train", 1, nothing)
+    mapped = pixels.on_disk(Files(photos, True), (48, 64), "stretch", [tmp_path / "c" / "a.pixels"], 1, nothing)
     image = mapped(3, 1.0).image
     sent = pickle.dumps(mapped)
     assert len(sent) < image.nbytes
@@ -193,7 +195,7 @@ def test_another_process_maps_the_file_and_copies_nothing(photos: DataSet, tmp_p
 def test_a_photo_that_has_gone_bad_leaves_no_file(photos: DataSet, tmp_path: Path) -> None:
     Path(photos[4].path).write_bytes(b"\xff\xd8\xff")
     for where in (
-        lambda: pixels.on_disk(Files(photos, True), (48, 64), "stretch", [tmp_path / "c"], "train", 2, nothing),
+        lambda: pixels.on_disk(Files(photos, True), (48, 64), "stretch", [tmp_path / "c" / "a.pixels"], 2, nothing),
         lambda: pixels.in_memory(Files(photos, True), (48, 64), "stretch", 2, nothing),
     ):
         with pytest.raises(UserError, match=r"p4\.jpg"):
@@ -208,13 +210,13 @@ def test_a_cache_that_is_too_large_is_refused(photos: DataSet, tmp_path: Path, m
         pixels.in_memory(Files(photos, True), (48, 64), "stretch", 1, nothing)
     monkeypatch.setattr(pixels.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"train\.cache: disk needs"):
-        pixels.on_disk(Files(photos, True), (48, 64), "stretch", [tmp_path / "c"], "train", 1, nothing)
+        pixels.on_disk(Files(photos, True), (48, 64), "stretch", [tmp_path / "c" / "a.pixels"], 1, nothing)
 
 
 def test_a_folder_that_cannot_be_written_is_passed_over(photos: DataSet, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     blocked, free = tmp_path / "file" / "c", tmp_path / "c"
-    pixels.on_disk(Files(photos, True), (48, 64), "stretch", [blocked, free], "train", 1, nothing)
+    pixels.on_disk(Files(photos, True), (48, 64), "stretch", [blocked / "a.pixels", free / "a.pixels"], 1, nothing)
     assert len(list(free.iterdir())) == 1
     with pytest.raises(UserError, match=r"data\.cache"):
-        pixels.on_disk(Files(photos, True), (48, 64), "stretch", [blocked], "train", 1, nothing)
+        pixels.on_disk(Files(photos, True), (48, 64), "stretch", [blocked / "a.pixels"], 1, nothing)

@@ -343,7 +343,13 @@ def test_groceries() -> None:
     [
         ([CAN], "Unknown", "edges", "as LabelImg writes"),
         ([CAN], "The VOC2007 Database", "devkit", "the VOC devkit"),
-        ([("can", (0, 3, 20, 30))], "The VOC2007 Database", "edges", "start below 1"),
+        ([("can", (0, 3, 20, 30))] * 2, "The VOC2007 Database", "edges", "start below 1"),
+        (
+            [CAN, *[("can", (-4.0, 3.0, 20.0, 30.0))] * 2],
+            "The VOC2007 Database",
+            "devkit",
+            "the VOC devkit",
+        ),  # no format's pixels
         ([CAN], "shelves", "edges", "nothing speaks for 1-based"),
         ([("can", (1.5, 3, 20, 30))], "shelves", "edges", "decimals"),
     ],
@@ -374,8 +380,20 @@ def test_train_and_val_are_read_alike(tmp_path: Path) -> None:
         save_xml(path, [("can", (5, 6, 20, 30))])
         edit(path, "<database>Unknown<", "<database>The VOC2012 Database<")
     assert read(tmp_path, "val")[0].boxes[0].tolist() == [4, 5, 20, 30]
-    save_xml(tmp_path / "Annotations" / "p0.xml", [("can", (0, 6, 20, 30))])  # of the train split
+    save_xml(tmp_path / "Annotations" / "p0.xml", [("can", (0, 6, 20, 30))])  # of the train split; a slip
+    assert read(tmp_path, "val")[0].boxes[0].tolist() == [4, 6 - 1, 20, 30]
+    save_xml(tmp_path / "Annotations" / "p0.xml", [("can", (0, 6, 20, 30))] * 2)
     assert read(tmp_path, "val")[0].boxes[0].tolist() == [5, 6, 20, 30]
+
+
+def test_photos_without_annotation_have_no_voice_in_how_corners_are_read(tmp_path: Path) -> None:
+    make_voc(tmp_path, train=8)
+    for path in sorted((tmp_path / "Annotations").iterdir()):
+        edit(path, "<database>Unknown<", "<database>The VOC2012 Database<")
+        if path.stem in ("p0", "p1", "p2", "p3", "p4", "p5"):
+            path.unlink()
+    dataset = read(tmp_path, unlabelled="skip")
+    assert "1-based" in dataset.findings[0].action
 
 
 # --- boxes drawn on another canvas

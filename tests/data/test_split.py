@@ -41,7 +41,7 @@ def where(division: Division) -> dict[str, str]:
 
 def test_near_duplicates_are_never_apart_and_every_photo_is_used_once(root: Path) -> None:
     for seed in range(5):
-        division = split.divide(Data(root=root), SHARES, seed, workers=1)
+        division = split.divide(cache.load(Data(root=root), "all"), SHARES, seed, workers=1)
         places = where(division)
         assert all(places[f"p{index}"] == places[f"copy{index}"] for index in range(8))
         assert sorted(photo for photos in division.lists for photo in photos) == sorted(
@@ -51,7 +51,7 @@ def test_near_duplicates_are_never_apart_and_every_photo_is_used_once(root: Path
 
 
 def test_classes_come_in_their_shares(root: Path) -> None:
-    division = split.divide(Data(root=root), SHARES, workers=1)
+    division = split.divide(cache.load(Data(root=root), "all"), SHARES, workers=1)
     assert division.classes == ("box", "can", "jar")
     assert division.objects.sum(0).tolist() == [60, 60, 30]
     wanted = division.objects.sum(0) * np.array(list(SHARES.values()))[:, None]
@@ -60,10 +60,10 @@ def test_classes_come_in_their_shares(root: Path) -> None:
 
 
 def test_the_seed_decides_and_neither_file_order_nor_processes_do(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = split.divide(Data(root=root), SHARES, workers=1)
-    assert split.divide(Data(root=root), SHARES, seed=1, workers=1).lists != first.lists
+    first = split.divide(cache.load(Data(root=root), "all"), SHARES, workers=1)
+    assert split.divide(cache.load(Data(root=root), "all"), SHARES, seed=1, workers=1).lists != first.lists
     monkeypatch.setattr(similar, "_FEW", 1)
-    assert split.divide(Data(root=root), SHARES, workers=2).lists == first.lists
+    assert split.divide(cache.load(Data(root=root), "all"), SHARES, workers=2).lists == first.lists
     load = cache.load
 
     def backwards(data: Data, name: str) -> cache.DataSet:
@@ -84,7 +84,7 @@ def test_the_seed_decides_and_neither_file_order_nor_processes_do(root: Path, mo
         )
 
     monkeypatch.setattr(cache, "load", backwards)
-    assert split.divide(Data(root=root), SHARES, workers=1).lists == first.lists
+    assert split.divide(cache.load(Data(root=root), "all"), SHARES, workers=1).lists == first.lists
 
 
 def test_many_classes_of_any_frequency() -> None:
@@ -109,7 +109,7 @@ def test_many_classes_of_any_frequency() -> None:
 def test_what_was_written_is_read(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root, tmp_path / "data")
     data = Data(root=tmp_path / "data")
-    division = split.divide(data, SHARES, workers=1)
+    division = split.divide(cache.load(data, "all"), SHARES, workers=1)
     split.write(division, tmp_path / "data" / "ImageSets" / "Main")
     for row, (name, photos) in enumerate(zip(division.splits, division.lists, strict=True)):
         found = cache.load(data, name)
@@ -132,7 +132,7 @@ def test_the_command_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as stop:
         main(command)
     assert stop.value.code == 2
-    assert "--out" in capsys.readouterr().err
+    assert "name another folder" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in main_folder.iterdir()} == before
     with pytest.raises(SystemExit):
         main([*command, "--out", str(tmp_path / "lists")])
@@ -150,4 +150,4 @@ def test_too_few_photos_are_refused(tmp_path: Path) -> None:
     save_image(tmp_path / "a.jpg")
     save_xml(tmp_path / "a.xml", [CAN])
     with pytest.raises(UserError, match="leave none for 'val'"):
-        split.divide(Data(root=tmp_path), {"train": 0.8, "val": 0.2}, workers=1)
+        split.divide(cache.load(Data(root=tmp_path), "all"), {"train": 0.8, "val": 0.2}, workers=1)

@@ -75,7 +75,7 @@ def test_truncated_items_touch_the_edge_and_some_items_are_flagged(scenes: list[
 
 def test_every_package_can_be_drawn() -> None:
     for product, turn in ((k, t) for k in range(len(synth.PRODUCTS)) for t in (-2, 2)):
-        sprite = synth._sprite(product, turn)
+        sprite = synth.cut_out(product, turn)
         alpha = np.asarray(sprite.getchannel("A")) >= 128
         assert alpha.mean() > 0.5
         assert alpha[[0, -1]].any(axis=1).all()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +35,7 @@ from detkit.data.convert.common import (
 from detkit.data.findings import Finding, located
 from detkit.data.labels import Photo, Source
 from detkit.errors import UserError, nearest
+from detkit.files import require_free, whole_folder
 
 Images = Literal["copy", "link", "none"]
 
@@ -97,6 +97,13 @@ def read(
     """
     tree, file = _opened(root, images)
     return _read(format_name, tree, file or split, convention, progress)
+
+
+def read_all(format_name: str, root: Path) -> dict[str | None, Source]:
+    """Each of the data set's `splits`, or all its photos under None where it has none, as `read` reads them."""
+    tree, _ = _opened(root, None)
+    names = tuple(_module(format_name).splits(tree))
+    return {name: _read(format_name, tree, name, "auto", None) for name in names or (None,)}
 
 
 def _read(format_name: str, tree: Tree, split: str | None, convention: str, progress: Progress | None) -> Source:
@@ -216,8 +223,7 @@ def write(
     format can't hold, counted. Raises UserError.
     """
     module = _module(format_name)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: name another folder, or remove it first")
+    require_free(out)
     tally = Tally()
     findings: list[Finding] = []
     for photo in (photo for photos in source_by_split.values() for photo in photos):
@@ -241,19 +247,10 @@ def write(
     by_split = {name: merged(photos, findings) for name, photos in by_split.items()}
     names = name_all(shared, by_split, tally)
     items = {name: [Item(names[identity(photo)], photo) for photo in photos] for name, photos in by_split.items()}
-    temporary = out.absolute().with_name(f".{out.absolute().name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.mkdir(parents=True)
+    with whole_folder(out) as temporary:
         module.write(Plan(root_in, temporary, tuple(classes), items, tally))
         if images != "none":
             _place(module, items, root_in, temporary, images, tally, progress)
-        if out.exists():
-            out.rmdir()  # Windows does not replace even an empty folder
-        temporary.replace(out)
-    except OSError as error:
-        raise UserError(f"{error.filename or out}: can't be written or read ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return findings + tally.findings()
 
 
@@ -351,7 +348,7 @@ def convert(
     root = tree.root
     names: Sequence[str | None] = list(split)
     if not names and file is None:
-        names = _module(known).splits(tree) or tuple(house._split_files(root))
+        names = _module(known).splits(tree) or tuple(house.split_files(root))
     if not names or file:
         names = [None]
     sources = {name or "": _read(known, tree, file or name, convention, progress) for name in names}

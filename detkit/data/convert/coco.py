@@ -23,10 +23,9 @@ from detkit.data.convert.common import (
     outline,
     refuse,
     shown,
-    stated_size,
 )
 from detkit.data.findings import Finding
-from detkit.data.labels import Photo, Source
+from detkit.data.labels import Photo, Source, stated_size
 from detkit.errors import UserError, nearest
 from detkit.formats import number
 from detkit.types import CROWD, DIFFICULT

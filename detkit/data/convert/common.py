@@ -6,12 +6,12 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Context, Decimal, InvalidOperation
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +20,17 @@ from detkit import geometry, imaging
 from detkit.data.findings import Finding, located
 from detkit.data.labels import Annotation, Photo
 from detkit.errors import UserError
+from detkit.files import decoded
 from detkit.imaging import IMAGE_SUFFIXES
 from detkit.types import CROWD, DIFFICULT, OCCLUDED, TRUNCATED
 
 Progress = Callable[[int, int], None]
 Size = tuple[int, int]  # height, width
+Made = TypeVar("Made")
 FLAGS = {"difficult": DIFFICULT, "truncated": TRUNCATED, "occluded": OCCLUDED, "crowd": CROWD}
 
 FARTHEST = 1e15  # a coordinate beyond it is no pixel's
 _MAX_PARTS = 32  # of a path, counted from its end
-_SAME_ASPECT = 0.02
 
 
 def refuse(path: str | Path, what: str, line: int = 0) -> NoReturn:
@@ -57,13 +58,7 @@ def content(path: Path) -> bytes:
 
 def text(path: Path) -> str:
     """A text file as Windows, PowerShell or a spreadsheet may have written it. Raises UserError."""
-    raw = content(path)
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return raw.decode("utf-16", "replace")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return raw.decode("cp1252", "replace")
+    return decoded(content(path))
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -203,6 +198,7 @@ class Tree:
                 raise UserError(f"{folder}: no such folder")
         self.root = root
         self.files = _below(root)
+        self._made: dict[Any, Any] = {}
         prefix = ""
         if images is not None and images.resolve() != root.resolve():
             inside = images.resolve().is_relative_to(root.resolve())
@@ -211,6 +207,13 @@ class Tree:
         self.elsewhere = prefix
         names = self.files if images is None else _below(images)
         self.images = Images([name for name in names if is_image(name)], prefix)
+
+    def once(self, make: Callable[[Tree], Made]) -> Made:
+        """What `make` makes of the tree, made once: a file that holds several splits is parsed for the first."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        made: Made = self._made[make]
+        return made
 
     @cached_property
     def folders(self) -> frozenset[str]:
@@ -252,15 +255,6 @@ def class_name(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return ""
     return str(value).strip()
-
-
-def stated_size(height: object, width: object) -> Size | None:
-    """A height and width as a file states them, None where they are none."""
-    try:
-        sides = [int(float(value)) for value in (height, width)]  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return (sides[0], sides[1]) if all(0 < side < 2**31 for side in sides) else None
 
 
 @dataclass(slots=True)
@@ -450,23 +444,6 @@ def extents(low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.f
         return found
 
 
-def fitted(boxes: NDArray[np.float64], stated: Size, hw: Size, orientation: int) -> tuple[NDArray[np.float64], str]:
-    """Boxes [G, 4] drawn on a canvas of size `stated` -> on the upright photo of size `hw`; and the kind of finding.
-
-    Turned where they were drawn before the photo's EXIF orientation was applied, scaled where they were drawn on a
-    larger copy; else they are taken as pixels of the photo, whatever size was stated.
-    """
-    stored = hw[::-1] if orientation >= 5 else hw
-    fits = bool(np.all(boxes[:, 2:] <= (stated[1] + 1, stated[0] + 1)))
-    scale = np.array([hw[1] / stated[1], hw[0] / stated[0]])
-    if orientation >= 5 and stated == stored and fits:
-        return geometry.turned(boxes, stated, orientation), "boxes turned"
-    beyond = bool(np.any(boxes[:, 2:] > np.array(hw[::-1]) * (1 + _SAME_ASPECT)))
-    if fits and abs(scale[0] / scale[1] - 1) <= _SAME_ASPECT and beyond:
-        return boxes * np.tile(scale, 2), "boxes scaled"
-    return boxes, "size disagrees"
-
-
 # --- what is written ------------------------------------------------------------------------------------------------
 
 
@@ -507,6 +484,18 @@ class Plan:
             (self.out / folder).mkdir(parents=True, exist_ok=True)
         (self.out / name).write_text(text, encoding="utf-8", newline="\n")
 
+    def in_lists(self) -> Iterator[tuple[Item, Annotation]]:
+        """Each annotated photo once, whatever splits it is in; the splits become ImageSets/Main, the classes a file."""
+        written = set()
+        for split, items in self.splits.items():
+            if split:
+                self.save(f"ImageSets/Main/{split}.txt", "".join(f"{item.key}\n" for item in items))
+            for item in items:
+                if item.photo.annotation is not None and item.key not in written:
+                    written.add(item.key)
+                    yield item, item.photo.annotation
+        self.save("classes.txt", "".join(f"{name}\n" for name in self.classes))
+
     def _real(self, item: Item) -> Size:
         image = item.photo.image
         if image not in self._sizes:
@@ -538,7 +527,7 @@ class Plan:
             return annotation.boxes, hw
         assert annotation.hw is not None
         orientation = imaging.check(self.root / item.photo.image).orientation
-        boxes, kind = fitted(annotation.boxes, annotation.hw, hw, orientation)
+        boxes, kind = geometry.fitted(annotation.boxes, annotation.hw, hw, orientation)
         action = {
             "boxes turned": "the boxes are turned with it",
             "boxes scaled": "the boxes are scaled to the image",

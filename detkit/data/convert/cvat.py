@@ -21,10 +21,9 @@ from detkit.data.convert.common import (
     Tree,
     outline,
     refuse,
-    stated_size,
 )
 from detkit.data.findings import Finding
-from detkit.data.labels import Photo, Source
+from detkit.data.labels import Photo, Source, stated_size
 from detkit.errors import UserError, nearest, need
 from detkit.formats import number
 from detkit.types import CROWD, OCCLUDED
@@ -218,20 +217,13 @@ def _box(element: Any) -> list[float]:
 
 def splits(tree: Tree) -> tuple[str, ...]:
     """The subsets, in the order of their first photo; none where not every photo has one."""
-    subsets = dict.fromkeys(_subsets(tree))
+    subsets = dict.fromkeys(subset for subset, _ in tree.once(_File).photos)
     return () if "" in subsets else tuple(subsets)
-
-
-def _subsets(tree: Tree) -> Iterator[str]:
-    for file in files(tree):
-        for element in _elements(tree.root / file):
-            if element.tag == "image":
-                yield (element.get("subset") or "").strip()
 
 
 def read(tree: Tree, split: str | None) -> Source:
     """The photos of the subset, in the file's order; None: all, and unnamed ones beside them. Raises UserError."""
-    found = _File(tree)
+    found = tree.once(_File)
     photos = [photo for subset, photo in found.photos if split is None or subset == split]
     if split is None:
         photos += tree.images.unnamed(photos)

@@ -22,10 +22,9 @@ from detkit.data.convert.common import (
     outline,
     refuse,
     shown,
-    stated_size,
 )
 from detkit.data.findings import Finding
-from detkit.data.labels import Annotation, Photo, Source
+from detkit.data.labels import Annotation, Photo, Source, stated_size
 from detkit.errors import UserError
 from detkit.formats import number
 
@@ -134,20 +133,11 @@ def photo(split: str, name: str) -> str:  # noqa: ARG001
 
 def write(plan: Plan) -> None:
     """<name>.json beside each photo; the splits as lists in ImageSets/Main, which detkit reads; classes.txt."""
-    written = set()
-    for split, items in plan.splits.items():
-        if split:
-            plan.save(f"ImageSets/Main/{split}.txt", "".join(f"{item.key}\n" for item in items))
-        for item in items:
-            annotation = item.photo.annotation
-            if annotation is not None and item.key not in written:
-                written.add(item.key)
-                size = plan.size(item)
-                plan.save(f"{item.key}.json", _text(item.name, size, annotation))
-                inverted = int(np.any(annotation.boxes[:, 2:] < annotation.boxes[:, :2], axis=1).sum())
-                action = "LabelMe takes corners in any order: they will be read the right way round"
-                plan.tally.add("box inverted", "boxes", action, count=inverted)
-    plan.save("classes.txt", "".join(f"{name}\n" for name in plan.classes))
+    for item, annotation in plan.in_lists():
+        plan.save(f"{item.key}.json", _text(item.name, plan.size(item), annotation))
+        inverted = int(np.any(annotation.boxes[:, 2:] < annotation.boxes[:, :2], axis=1).sum())
+        action = "LabelMe takes corners in any order: they will be read the right way round"
+        plan.tally.add("box inverted", "boxes", action, count=inverted)
 
 
 def _text(name: str, size: tuple[int, int] | None, annotation: Annotation) -> str:

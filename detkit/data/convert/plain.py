@@ -19,11 +19,10 @@ from detkit.data.convert.common import (
     Tree,
     refuse,
     shown,
-    stated_size,
     text,
 )
 from detkit.data.findings import Finding
-from detkit.data.labels import Photo, Source
+from detkit.data.labels import Photo, Source, stated_size
 from detkit.errors import UserError, nearest
 from detkit.formats import number
 
@@ -181,7 +180,7 @@ def _files(tree: Tree) -> dict[str, _File]:
 
 def splits(tree: Tree) -> tuple[str, ...]:
     """What stands in the column `split`, else the files' names; none where there is one file without that column."""
-    found = _files(tree)
+    found = tree.once(_files)
     if "" not in found:
         return tuple(found)
     return () if "" in found[""].splits else found[""].splits
@@ -196,7 +195,7 @@ def read(tree: Tree, split: str | None) -> Source:
         found, split = {"": _File(tree, split, "")}, None
         chosen = found[""].photos(None)
     else:
-        found = _files(tree)
+        found = tree.once(_files)
         if split is None:
             chosen = [photo for file in found.values() for photo in file.photos(None)]
             chosen += tree.images.unnamed(chosen)

@@ -21,7 +21,7 @@ from detkit.types import CROWD
 
 def splits(tree: Tree) -> tuple[str, ...]:
     """The split files."""
-    return tuple(voc._split_files(tree.root))
+    return tuple(voc.split_files(tree.root))
 
 
 def read(tree: Tree, split: str | None, progress: Progress | None = None, convention: str = "auto") -> Source:
@@ -43,9 +43,9 @@ def read(tree: Tree, split: str | None, progress: Progress | None = None, conven
     items = voc.pair(files, findings)
     errors = [finding for finding in findings if level(finding) == "error"]
     if errors:
-        raise refusal(tree.root, errors)
+        raise refusal(data, errors)
     keys = list(items) if split is None else voc.choose(data, split, items, findings)
-    how, why = scan.convention(data, labels)
+    how, why = scan.convention(data, labels, len(labels))
     if how == "devkit":
         findings.append(Finding("coordinates", "", why, "corners are read as 1-based inclusive pixels"))
     annotations = dict(zip(names, _annotations(labels, voc.edges(labels.boxes, how)), strict=True))
@@ -90,18 +90,8 @@ def photo(split: str, name: str) -> str:  # noqa: ARG001
 
 def write(plan: Plan) -> None:
     """Annotations/<name>.xml for each photo that is annotated, ImageSets/Main/<split>.txt, classes.txt."""
-    written = set()
-    for split, items in plan.splits.items():
-        if split:
-            plan.save(f"ImageSets/Main/{split}.txt", "".join(f"{item.key}\n" for item in items))
-        for item in items:
-            annotation = item.photo.annotation
-            if annotation is None or item.key in written:
-                continue
-            written.add(item.key)
-            size = plan.size(item) or (0, 0)
-            name = posixpath.basename(item.name)
-            text = voc_xml(name, size, annotation.boxes, annotation.names, annotation.flags.tolist())
-            plan.save(f"Annotations/{item.key}.xml", text)
-            plan.lose_flags(annotation, sum(FLAGS.values()) - CROWD, "VOC")
-    plan.save("classes.txt", "".join(f"{name}\n" for name in plan.classes))
+    for item, annotation in plan.in_lists():
+        size, name = plan.size(item) or (0, 0), posixpath.basename(item.name)
+        text = voc_xml(name, size, annotation.boxes, annotation.names, annotation.flags.tolist())
+        plan.save(f"Annotations/{item.key}.xml", text)
+        plan.lose_flags(annotation, sum(FLAGS.values()) - CROWD, "VOC")
