@@ -94,6 +94,10 @@ def train(
     resume: Annotated[
         str | None, typer.Option(help="go on with a stopped run: its folder, or nothing for the newest")
     ] = None,
+    overfit: Annotated[
+        int | None,
+        typer.Option(min=1, help="learn only so many photos by heart: whether config and data can be learnt at all"),
+    ] = None,
 ) -> None:
     """Train a detector; the run goes to runs/<name>-<n>."""
     from detkit import checkpoint, config
@@ -101,12 +105,13 @@ def train(
 
     console = _console()
     if resume:
-        if sets or more:
-            raise UserError("--resume goes on with the run's own settings: leave out --set")
+        if sets or more or overfit:
+            raise UserError("--resume goes on with the run's own settings: leave out --set and --overfit")
         folder = checkpoint.newest_stopped() if resume == "newest" else Path(resume)
         run = job.resume(folder, console)
     elif config_name:
-        run = job.start(config.load(config_name, [*(sets or []), *(more or [])]), console)
+        settings = config.load(config_name, [*(sets or []), *(more or [])])
+        run = job.start(config.overfit(settings, overfit) if overfit else settings, console)
     else:
         raise UserError("name a config, such as  --config ssd_mobilenet.yaml")
     console.print(f"\ndone: {run}\nnext:  detkit predict PHOTO --model {run}\n       detkit export {run}")

@@ -432,6 +432,10 @@ class Train(Settings):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
     eval_every: PositiveInt = Field(1, description="epochs between evaluations")
+    overfit: int = Field(
+        0, ge=0, description="train on only so many photos of the split, and evaluate on the same; 0: all"
+    )
+    until: Share = Field(0.0, description="end the run once an evaluation's mAP50 is this high; 0: after all epochs")
     workers: int = Field(2, ge=0, description="loader processes")
     device: Device = "auto"
     seed: int = Field(0, ge=0)
@@ -577,6 +581,38 @@ def load(name: str | Path, assignments: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: not a config: expected settings such as 'name:' and 'model:'")
     override(tree, assignments)
     return parse(tree, os.fspath(path))
+
+
+# What `overfit` counts as learnt by heart.
+LEARNT = 0.95
+
+
+def overfit(settings: Config, photos: int) -> Config:
+    """The config, changed to learn so many photos by heart: none of what keeps a detector from that (augmentation,
+    dropout, label smoothing, weight decay), evaluated on the same photos, until mAP50 is `LEARNT`."""
+    cfg, model = settings.train, settings.model
+    head = {name: 0.0 for name in ("dropout", "smoothing") if name in type(model.head).model_fields}
+    return settings.model_copy(
+        update={
+            "name": f"{settings.name}-overfit",
+            "augment": Augment(flip=0, crop=0, colour=0),
+            "model": model.model_copy(update={"dropout": 0.0, "head": model.head.model_copy(update=head)}),
+            "train": cfg.model_copy(
+                update={
+                    "overfit": photos,
+                    "until": LEARNT,
+                    "epochs": 200,
+                    "eval_every": 10,
+                    "batch_size": max(1, min(cfg.batch_size, photos // 4)),
+                    "optimizer": cfg.optimizer.model_copy(update={"weight_decay": 0.0}),
+                    "schedule": cfg.schedule.model_copy(update={"warmup_steps": min(cfg.schedule.warmup_steps, 20)}),
+                    "ema": min(cfg.ema, 0.9),
+                    "workers": 0,
+                    **{name: Train.model_fields[name].default for name in ("progressive", "multi_scale", "sampler")},
+                }
+            ),
+        }
+    )
 
 
 def dump(config: Config) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -28,6 +29,7 @@ from detkit.console import bar, counting, duration
 from detkit.data import cache, findings, pixels, stats
 from detkit.data.batch import Loader, repeat_factors
 from detkit.data.dataset import EvalSet, TrainSet
+from detkit.data.labels import DataSet
 from detkit.errors import Interrupted, UserError
 from detkit.evaluate import evaluate, table
 from detkit.files import atomic_write, next_folder
@@ -39,7 +41,7 @@ from detkit.types import Batch
 
 # What of a Run is saved for resuming.
 PARTS = ("detector", "predictor", "optimizer", "schedule", "scaler")
-COUNTERS = ("best", "epoch", "step_in_epoch", "totals")
+COUNTERS = ("best", "epoch", "step_in_epoch", "totals", "finished")
 LOG_EVERY = 60.0  # seconds between lines of progress where there is no terminal for a bar
 FIGURES = ("mAP", "mAP50", "mAP75", "VOC_AP50")
 
@@ -107,11 +109,15 @@ class Run:
         cfg = settings.train
         self.settings, self.console = settings, console
         self.folder = Path()
-        self.best, self.epoch, self.step_in_epoch = -1.0, 0, 0
+        self.best, self.epoch, self.step_in_epoch, self.finished = -1.0, 0, 0, False
         self.totals: dict[str, float] = {}  # of the losses, in this epoch
         self.device = pick_device(cfg.device)
         self.train_data = cache.load_split(settings.data, settings.data.train, console)
-        self.val_data = cache.load_split(settings.data, settings.data.val, console)
+        if cfg.overfit:
+            self.train_data = _spread(self.train_data, cfg.overfit)
+            self.val_data = self.train_data
+        else:
+            self.val_data = cache.load_split(settings.data, settings.data.val, console)
         self.classes = self.train_data.classes
         torch.manual_seed(cfg.seed)
         self.detector = Detector(settings.model, settings.input, len(self.classes))
@@ -134,7 +140,7 @@ class Run:
         """Where the training photos' pixels come from."""
         settings, cfg = self.settings, self.settings.train
         files = pixels.Files(self.train_data, cfg.decode == "reduced")
-        if cfg.cache == "none":
+        if cfg.cache == "none" or cfg.overfit:
             return files
         canvas, rule = cfg.largest_canvas(settings.input.size), settings.input.resize
         with counting(self.console, f"decoding {settings.data.train}") as progress:
@@ -267,6 +273,13 @@ class Run:
         checkpoint.write(self.folder / name, weights_now, self.settings, self.classes, self.epoch, figures)
 
 
+def _spread(data: DataSet, photos: int) -> DataSet:
+    """So many photos with objects, evenly spread over the data set."""
+    filled = np.flatnonzero(np.diff(data.box_ends, prepend=0))
+    chosen = np.unique(np.linspace(0, len(filled) - 1, min(photos, len(filled))).round().astype(np.int64))
+    return data.take(filled[chosen])
+
+
 def remark(run: Run) -> str | None:
     """What the head has to say of the training photos' objects, as they lie on the canvas; None: nothing."""
     data, canvas = run.train_data, run.settings.input
@@ -299,7 +312,7 @@ def resume(folder: Path, console: Console) -> Path:
     """Go on with a run that was stopped, from its last saved state."""
     state = checkpoint.read_state(folder)
     settings = config.load(folder / "config.yaml")
-    if state["epoch"] >= settings.train.epochs:
+    if state["finished"]:
         raise UserError(f"{folder}: this run is finished ({state['epoch']} epochs); start a new one to train longer")
     run = Run(settings, console)
     run.folder = folder
@@ -334,7 +347,7 @@ def _loop(run: Run) -> Path:
     log = _Log(run.folder, cfg.tensorboard)
     console.print(f"run: {run.folder}   device: {run.device}   {len(run.loader)} steps an epoch")
     with _stop_signals() as stop:
-        while run.epoch < cfg.epochs:
+        while not run.finished:
             began = time.perf_counter()
             with bar(console) as progress:
                 row = run.train_epoch(progress, stop)
@@ -343,9 +356,11 @@ def _loop(run: Run) -> Path:
                 run.write(checkpoint.LAST, {})  # not measured, but it can be looked at
                 raise Interrupted(f"stopped; go on with  detkit train --resume {run.folder}", stop())
             run.epoch, run.step_in_epoch, run.totals = run.epoch + 1, 0, {}
+            run.finished = run.epoch == cfg.epochs
             row = {"epoch": run.epoch, "lr": float(run.schedule.get_last_lr()[-1]), **row}
-            if run.epoch % cfg.eval_every == 0 or run.epoch == cfg.epochs:
+            if run.epoch % cfg.eval_every == 0 or run.finished:
                 figures = run.validate()
+                run.finished |= bool(cfg.until) and figures["mAP50"] >= cfg.until
                 row |= {name: figures[name] for name in FIGURES}
             else:
                 row |= dict.fromkeys(FIGURES, math.nan)
@@ -353,7 +368,10 @@ def _loop(run: Run) -> Path:
             log.add(row)
             run.save_state()
             console.print(_line(row, cfg.epochs), highlight=False)
-    console.print(table(figures, f"{run.settings.data.val}, last epoch"))
+    measured = f"{len(run.val_data)} photos of {run.settings.data.train}" if cfg.overfit else run.settings.data.val
+    console.print(table(figures, f"{measured}, last epoch"))
+    if figures["mAP50"] < cfg.until:
+        console.print(f"mAP50 is {figures['mAP50']:.3f}, not yet {cfg.until}: train.epochs ran out", style="yellow")
     return run.folder
 
 
