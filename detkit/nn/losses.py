@@ -42,11 +42,16 @@ def multibox_loss(
     wanted = encode(torch.where(positive[..., None], boxes, priors_A4), priors_A4, variances)
     box = F.smooth_l1_loss(offsets_BA4.float(), wanted, reduction="none").sum(-1)
     classes = torch.where(positive, labels + 1, 0)
-    entropy = F.cross_entropy(logits_BAK.float().transpose(1, 2), classes, reduction="none", label_smoothing=smoothing)
+    # Classes last: over a transposed view it takes twice as long.
+    each = F.cross_entropy(
+        logits_BAK.float().flatten(0, 1), classes.flatten(), reduction="none", label_smoothing=smoothing
+    )
+    entropy = each.view_as(classes)
     with torch.no_grad():
         hardness = entropy.masked_fill(positive | match.ignore, float("-inf"))
-        rank = hardness.argsort(1, descending=True).argsort(1)
-        negative = (rank < negatives * positive.sum(1, keepdim=True)) & hardness.isfinite()
+        hardest, order = hardness.sort(1, descending=True)
+        taken = torch.arange(hardness.shape[1], device=hardness.device) < negatives * positive.sum(1, keepdim=True)
+        negative = torch.zeros_like(positive).scatter_(1, order, taken & hardest.isfinite())
     count = positive.sum().float()
     sums = {"class": (entropy * (positive | negative)).sum(), "box": (box * positive).sum()}
     return Losses(sums, {"class": count, "box": count})

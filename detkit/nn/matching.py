@@ -28,25 +28,25 @@ class Match(NamedTuple):
     quality: Tensor
 
 
-def _overlaps(boxes: Tensor, targets: Targets) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _overlaps(boxes: Tensor, targets: Targets) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """IoU with candidates [B, A, 4] or [1, A, 4] of some objects at a time: which, of the padded ground truth;
-    float [B, g, A], -1 for padding and ignored objects; and float [B, A], the largest with an ignored one."""
+    float [B, g, A], -1 for padding and ignored objects; and float [B, A], the largest with an ignored one, or None where
+    it is known that there is none."""
     truth = Planes(*(plane[..., None] for plane in planes(targets.boxes)))
     candidates = Planes(*(plane[:, None] for plane in planes(boxes)))
     objects_BG = targets.labels >= 0
     other_BG = ~objects_BG | targets.ignore
     B, G = objects_BG.shape
-    none = boxes.new_zeros(B, boxes.shape[1])
     # Where asking costs no waiting for the device: padding of the whole batch is left out, and so are ignored objects.
     asks = boxes.device.type == "cpu"
     if asks:
         G = max(1, int((objects_BG.any(0) * torch.arange(1, G + 1)).max()))
-    step = max(1, _PAIRS.get(boxes.device.type, _MOST_PAIRS) // max(1, none.numel()))
+    step = max(1, _PAIRS.get(boxes.device.type, _MOST_PAIRS) // max(1, B * boxes.shape[1]))
     for first in range(0, G, step):
         some = slice(first, min(first + step, G))
         overlap = plane_iou(Planes(*(plane[:, some] for plane in truth)), candidates)
         ignored, absent = targets.ignore[:, some, None], other_BG[:, some, None]
-        cover = none if asks and not ignored.any() else (overlap * ignored).amax(1)
+        cover = None if asks and not ignored.any() else (overlap * ignored).amax(1)
         yield some, overlap if asks and not absent.any() else overlap.masked_fill_(absent, -1), cover
 
 
@@ -59,7 +59,8 @@ def match_priors(priors_A4: Tensor, targets: Targets, threshold: float) -> Match
     ignore = torch.zeros_like(best_BA, dtype=torch.bool)
     order_BG = torch.arange(1, real_BG.shape[1] + 1, device=priors_A4.device) * real_BG
     for some, overlap, cover in _overlaps(priors_A4[None], targets):
-        ignore |= cover > threshold
+        if cover is not None:
+            ignore |= cover > threshold
         value, index = overlap.max(1)
         object_BA = torch.where(value > best_BA, index + some.start, object_BA)
         best_BA = torch.maximum(best_BA, value)
@@ -83,7 +84,9 @@ def match_regions(
     best = boxes.new_full((targets.labels.shape[0], boxes.shape[1]), -1.0)
     covered, positive = torch.zeros_like(best), torch.zeros_like(best, dtype=torch.bool)
     for _, overlap, cover in _overlaps(boxes, targets):
-        best, covered = torch.maximum(best, overlap.amax(1)), torch.maximum(covered, cover)
+        best = torch.maximum(best, overlap.amax(1))
+        if cover is not None:
+            covered = torch.maximum(covered, cover)
         if best_too:
             peak = overlap.amax(2, keepdim=True)
             # No overlap at all is no reason.
@@ -118,7 +121,8 @@ def match_aligned(boxes_BA4: Tensor, scores_BAC: Tensor, centres_A2: Tensor, tar
     overlap_BGk = boxes_BA4.new_full((B, G, min(top, A)), -1.0)
     align_BGk, index_BGk = torch.zeros_like(overlap_BGk), torch.zeros_like(overlap_BGk, dtype=torch.int64)
     for some, overlap, cover in _overlaps(boxes_BA4, targets):
-        ignore |= cover > 0.5
+        if cover is not None:
+            ignore |= cover > 0.5
         part = Planes(*(plane[:, some] for plane in truth))
         score = scores_BCA.gather(1, labels_BG1[:, some].expand_as(overlap))
         align = score.clamp_(min=1e-9).sqrt_() * overlap.square().pow(3)

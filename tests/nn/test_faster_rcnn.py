@@ -190,8 +190,15 @@ def test_detections(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
         assert count > 20
         assert (scores[i] > 0).sum() == count
         torch.testing.assert_close(scores[i, :count], wanted["scores"], rtol=0, atol=1e-4)
-        torch.testing.assert_close(boxes[i, :count], wanted["boxes"], rtol=0, atol=1e-3)
-        assert torch.equal(labels[i, :count], wanted["labels"] - 1)
+        # Where two scores are nearly equal either order will do, and of those nearly the last, either is kept.
+        apart = (boxes[i, :count, None] - wanted["boxes"]).abs().amax(2)
+        apart[
+            (labels[i, :count, None] != wanted["labels"] - 1)
+            | ~torch.isclose(scores[i, :count, None], wanted["scores"], rtol=0, atol=1e-4)
+        ] = float("inf")
+        sure = wanted["scores"] > wanted["scores"].min() + 1e-4 if count == RULE.keep else wanted["scores"] > 0
+        assert sure.sum() > 20
+        assert apart.amin(0)[sure].max() < 1e-3
 
 
 @pytest.mark.parametrize("counts", [(3, 1), (0, 40)])
