@@ -591,7 +591,7 @@ def overfit(settings: Config, photos: int) -> Config:
     """The config, changed to learn so many photos by heart: none of what keeps a detector from that (augmentation,
     dropout, label smoothing, weight decay), evaluated on the same photos, until mAP50 is `LEARNT`."""
     cfg, model = settings.train, settings.model
-    head = {name: 0.0 for name in ("dropout", "smoothing") if name in type(model.head).model_fields}
+    head: dict[str, Any] = dict.fromkeys({"dropout", "smoothing"} & type(model.head).model_fields.keys(), 0.0)
     return settings.model_copy(
         update={
             "name": f"{settings.name}-overfit",

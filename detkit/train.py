@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import math
+import platform
 import random
 import signal
 import time
@@ -36,6 +37,7 @@ from detkit.files import atomic_write, next_folder
 from detkit.nn import weights
 from detkit.nn.contract import Losses
 from detkit.nn.detector import Detector, Predictor, Trainable
+from detkit.nn.layers import batch_norms
 from detkit.optim import Muon
 from detkit.types import Batch
 
@@ -154,7 +156,7 @@ class Run:
         """Measure the backbone's BatchNorm statistics on the first batches of training photos, held layers included:
         for weights whose statistics are approximate or from other photos."""
         backbone = self.detector.backbone
-        norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+        norms = batch_norms(backbone)
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.reset_running_stats()
@@ -288,6 +290,17 @@ def remark(run: Run) -> str | None:
     return run.detector.head.remark(torch.from_numpy(boxes), torch.from_numpy(stats.photo_index(data)[learnt]))
 
 
+def _slow_precision(run: Run) -> str | None:
+    """What to say where the device only emulates the run's precision."""
+    precision = run.settings.train.precision
+    if run.device.type != "cpu" or precision == "fp32" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return None
+    quick: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version supported
+    if not quick or any(quick.get(f"{kind}_{precision}") for kind in ("avx512", "amx")):
+        return None
+    return f"this processor has no {precision} instructions: train.precision=fp32 is several times as fast here"
+
+
 def start(settings: config.Config, console: Console) -> Path:
     """Train a new run. Returns its folder. Raises UserError for the user's mistakes, Interrupted when stopped."""
     # Absolute, so that the run can be resumed, measured and exported from any folder.
@@ -300,8 +313,9 @@ def start(settings: config.Config, console: Console) -> Path:
     if settings.train.recalibrate_bn and report:
         run.recalibrate()
     run.predictor.follow(run.detector, 0)
-    if said := remark(run):
-        console.print(said, highlight=False, style="yellow")
+    for said in (remark(run), _slow_precision(run)):
+        if said:
+            console.print(said, highlight=False, style="yellow")
     run.folder = next_folder(settings.runs / f"{settings.name}-")
     atomic_write(run.folder / "config.yaml", config.dump(settings))
     findings.write(run.folder / "findings.jsonl", (*run.train_data.findings, *run.val_data.findings))

@@ -30,8 +30,8 @@ class Match(NamedTuple):
 
 def _overlaps(boxes: Tensor, targets: Targets) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """IoU with candidates [B, A, 4] or [1, A, 4] of some objects at a time: which, of the padded ground truth;
-    float [B, g, A], -1 for padding and ignored objects; and float [B, A], the largest with an ignored one, or None where
-    it is known that there is none."""
+    float [B, g, A], -1 for padding and ignored objects; and float [B, A], the largest with an ignored one, None where
+    none is known to be."""
     truth = Planes(*(plane[..., None] for plane in planes(targets.boxes)))
     candidates = Planes(*(plane[:, None] for plane in planes(boxes)))
     objects_BG = targets.labels >= 0

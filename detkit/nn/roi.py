@@ -24,8 +24,8 @@ def levels_of(boxes: Tensor, strides: Sequence[int], side: float) -> Tensor:
 
 
 def _taps(start: Tensor, side: Tensor, most: Tensor, size: int, samples: int) -> tuple[Tensor, Tensor]:
-    """Along one axis of regions that begin at `start` [N] and are `side` [N] long, in cells, on maps of `most` [N] cells:
-    the cells that each cell of features is a weighted sum of, int64 [N, size, 2 * samples], and the weights."""
+    """Along one axis of regions that begin at `start` [N] and are `side` [N] long, in cells, on maps of `most` [N]
+    cells: those that each cell of features is a weighted sum of, int64 [N, size, 2 * samples], and the weights."""
     step = (side / size)[:, None, None]
     cells, parts = (torch.arange(count, device=start.device) for count in (size, samples))
     at = start[:, None, None] + cells[:, None] * step + (parts + 0.5) * step / samples
