@@ -67,3 +67,24 @@ def test_the_whole_way(
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["mAP"] == pytest.approx(float(row["mAP"]), abs=1e-6)
     assert len(list((tmp_path / "onnx").glob("*.json"))) == len(photos)
+
+
+# The smallest, at half their canvas: photos of 25 small products.
+LEARNERS = {
+    "faster_rcnn_mobilenet": ["model.weights=none"],
+    "ssd_mobilenet": ["model.weights=none"],
+    "yolo_nano": [],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEARNERS)
+def test_sixteen_photos_are_learnt_by_heart(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = [f"data.root={SHELF}", f"data.cache={tmp_path / 'cache'}", "train.tensorboard=false", *LEARNERS[name]]
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--config", name, "--overfit", "16", *(word for item in own for word in ("--set", item))])
+    assert not end.value.code
+    with (tmp_path / "runs" / f"{name}-overfit-1" / "metrics.csv").open(encoding="utf-8") as file:
+        *_, row = csv.DictReader(file)
+    assert float(row["mAP50"]) >= config.LEARNT

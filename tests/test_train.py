@@ -136,6 +136,49 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_to_the_same_weights(tmp
         train.resume(stopped, console)
 
 
+def test_overfitting_learns_and_measures_a_few_photos_alone(tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    cfg = config.overfit(settings(tmp_path), 6)
+    epochs = {"epochs": 2, "eval_every": 1, "until": 0.999}
+    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update=epochs)})
+    assert max(cfg.augment.model_dump(exclude={"expand_max"}).values()) == 0
+    seen = set()
+    step = train.Run.train_step
+
+    def watched(run, batch):
+        seen.update(run.train_data[int(i)].path for i in batch.index)
+        assert run.val_data is run.train_data
+        return step(run, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Run, "train_step", watched)
+        folder = train.start(cfg, console)
+    assert folder.name == "ssd_shelf-overfit-1"
+    assert len(seen) == 6
+    said = console.file.getvalue()
+    assert "6 photos of train" in said
+    assert "not yet 0.999" in said
+
+
+def test_a_run_ends_at_the_figure_it_is_to_reach(tmp_path, console):
+    run = train.start(settings(tmp_path, "train.epochs=5", "train.eval_every=1", "train.until=1e-9"), console)
+    rows = list(csv.DictReader((run / "metrics.csv").open(encoding="utf-8")))
+    figures = [float(row["mAP50"]) for row in rows]
+    assert len(rows) < 5
+    assert figures[-1] >= 1e-9
+    assert all(figure < 1e-9 for figure in figures[:-1])
+    with pytest.raises(UserError, match="finished"):
+        train.resume(run, console)
+
+
+def test_emulated_precision_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    run = train.Run(settings(tmp_path, "train.precision=bf16", "train.device=cpu"), Console(quiet=True))
+    for flags, said in (({"avx512_bf16": False}, True), ({"amx_bf16": True}, False), ({}, False)):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda flags=flags: flags, raising=False)
+        assert bool(train._slow_precision(run)) == said
+
+
 def test_the_loss_falls_on_photos_seen_again_and_again(tmp_path, console):
     more = ["train.schedule.warmup_steps=0", "train.batch_size=4", "train.epochs=10"]
     run = train.Run(settings(tmp_path, *more), console)
