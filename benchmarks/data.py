@@ -12,13 +12,11 @@ Each writes its section of results/data.json and results/data.md and leaves the 
 
 from __future__ import annotations
 
-import datetime
 import gc
 import itertools
 import json
 import os
 import pickle
-import platform
 import shutil
 import statistics
 import subprocess
@@ -30,7 +28,6 @@ import venv
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -43,7 +40,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
-from rich.console import Console
+from report import console, interleaved, save
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -60,64 +57,11 @@ from detkit.data.labels import DataSet
 from detkit.data.synth import synthesise
 from detkit.evaluate import evaluate
 
-RESULTS = Path(__file__).parent / "results"
 BATCH = 8
 JITTER: dict[str, Any] = {
     "brightness": (0.7, 1.3), "contrast": (0.7, 1.3), "saturation": (0.6, 1.4), "hue": (-0.03, 0.03),
 }  # fmt: skip
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-console = Console(width=120)
-
-
-# --- results ----------------------------------------------------------------------------------------------------------
-
-
-def _machine() -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    packages = ("torch", "torchvision", "opencv-python-headless", "albumentations", "pillow", "numpy")
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {package: metadata.version(package) for package in packages},
-    }
-
-
-def save(section: str, title: str, note: str, rows: list[dict[str, Any]], **more: Any) -> None:
-    """Print a section's rows, and write it into data.json and data.md beside the other sections."""
-    path = RESULTS / "data.json"
-    sections = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    sections[section] = {"title": title, "note": note, "machine": _machine(), **more, "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(sections, indent=1) + "\n", encoding="utf-8", newline="\n")
-    text = "\n".join(_markdown(sections[name]) for name in sorted(sections))
-    (RESULTS / "data.md").write_text("# Data benchmarks\n\n" + text, encoding="utf-8", newline="\n")
-    console.print(_markdown(sections[section]), markup=False, highlight=False)
-
-
-def _markdown(section: dict[str, Any]) -> str:
-    machine, rows = section["machine"], section["rows"]
-    versions = {**machine["versions"], **section.get("versions", {})}
-    lines = [f"## {section['title']}", "", section["note"], "", "| " + " | ".join(rows[0]) + " |"]
-    lines.append("|" + " --- |" * len(rows[0]))
-    lines += ["| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows]
-    where = f"{machine['date']}, {machine['cpu']}, {machine['cores']} cores, Python {machine['python']}"
-    lines += ["", f"{where}; {', '.join(f'{name} {version}' for name, version in versions.items())}.", ""]
-    return "\n".join(lines)
-
-
-def interleaved(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Seconds that each run says it took, every run once a round, so that a busy machine slows all alike. A round more
-    than `repeats` is run, the first not counted."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats + 1):
-        for name, run in runs.items():
-            taken[name].append(run())
-    return {name: times[1:] for name, times in taken.items()}
 
 
 # --- loader -----------------------------------------------------------------------------------------------------------
@@ -412,7 +356,7 @@ def loader(repeats: int = 15, ultralytics: bool = True) -> None:
         "detkit resize antialiased, albumentations by plain bilinear, which costs least, Ultralytics as it does.\n\n"
         f"Where detkit's time goes, ms a photo:\n{stages}"
     )
-    save("loader", "Loader", note, rows, versions=versions)
+    save("data", "loader", "Loader", note, rows, versions=versions)
 
 
 # --- reduced decoding -------------------------------------------------------------------------------------------------
@@ -463,7 +407,7 @@ def reduced(model: str, data: Path | None = None, split: str | None = None) -> N
         f"{found.hw[0][1]}x{found.hw[0][0]} pixels and the like; {sum(step >= 2.5 for step in steps)} of them are "
         "large enough to be decoded at a reduced scale."
     )
-    save("reduced", "Reduced decoding: one checkpoint's mAP with and without it", note, rows)
+    save("data", "reduced", "Reduced decoding: one checkpoint's mAP with and without it", note, rows)
 
 
 # --- annotations ------------------------------------------------------------------------------------------------------
@@ -515,7 +459,7 @@ def annotations(root: Path, repeats: int = 15) -> None:
         "but the photos' own headers, which are given. xml.etree collects names and corners, torchvision makes its "
         f"dicts; neither checks anything. Medians of the ratios of {repeats} interleaved rounds."
     )
-    save("annotations", "Reading annotations", note, rows)
+    save("data", "annotations", "Reading annotations", note, rows)
 
 
 # --- start ------------------------------------------------------------------------------------------------------------
@@ -613,7 +557,7 @@ def start(root: Path, records: int = 494_700, repeats: int = 5) -> None:
         f"{records} photos with {len(found.labels)} objects, replicated from {root.name} by hard links, so "
         f"{2 * records} files to stat. Each load in a fresh process; medians of {repeats} interleaved rounds."
     )
-    save("start", "Start of training on a large data set", note, rows)
+    save("data", "start", "Start of training on a large data set", note, rows)
 
 
 # --- audit ------------------------------------------------------------------------------------------------------------
@@ -642,7 +586,7 @@ def audit_photos(root: Path, repeats: int = 5) -> None:
         }
     ]
     note = f"{root.name}, all splits, {os.cpu_count()} processes; medians of {repeats} interleaved rounds."
-    save("audit", "Audit", note, rows)
+    save("data", "audit", "Audit", note, rows)
 
 
 # --- scenes -----------------------------------------------------------------------------------------------------------
@@ -684,7 +628,7 @@ def scenes(count: int = 400, repeats: int = 3) -> None:
         "pixels, 40 products each, by two processes; the whole command is timed, starting the processes included. "
         f"Medians of {repeats} rounds. A product of which under 35 % can be seen is not annotated."
     )
-    save("scenes", "Scenes from cut-outs", note, rows)
+    save("data", "scenes", "Scenes from cut-outs", note, rows)
 
 
 if __name__ == "__main__":

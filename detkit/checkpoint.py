@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from detkit.errors import UserError
 from detkit.files import atomic_file, atomic_write
 from detkit.manifest import Manifest
 from detkit.nn.detector import Detector, Predictor
+from detkit.runtime import merge
 from detkit.runtime.session import Raw, detect_with
 from detkit.types import Detections
 
@@ -51,6 +52,12 @@ class Checkpoint:
     weights: dict[str, Tensor]
     epoch: int
     metrics: dict[str, Any]
+
+    def without_nms(self) -> Checkpoint:
+        """The same detector, which leaves its candidates as they are."""
+        rule = self.config.model.select.model_copy(update={"nms": "none"})
+        model = self.config.model.model_copy(update={"select": rule})
+        return replace(self, config=self.config.model_copy(update={"model": model}))
 
     def predictor(self) -> Predictor:
         """The detector with these weights, ready to predict."""
@@ -83,10 +90,14 @@ class Checkpoint:
 
 
 class TorchSession:
-    """A checkpoint that detects as runtime.Session does an ONNX file: photos in, Detections in their pixels out."""
+    """A checkpoint that detects as runtime.Session does an ONNX file: photos in, Detections in their pixels out.
 
-    def __init__(self, path: Path, device: config.Device = "auto") -> None:
-        trained = read(path)
+    nms: what becomes of boxes that overlap (see runtime.merge).
+    """
+
+    def __init__(self, path: Path, device: config.Device = "auto", nms: merge.Kind = "hard") -> None:
+        trained = read(path) if nms == "hard" else read(path).without_nms()
+        self.nms = nms
         self.manifest = trained.manifest()
         self._device = pick_device(device)
         self._predictor = trained.predictor().to(self._device)
@@ -98,7 +109,7 @@ class TorchSession:
 
     def detect(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
         """Detections of each image, uint8 [h, w, 3] RGB of any size, in its own pixels, best first."""
-        return detect_with(self._run, self.manifest, images)
+        return detect_with(self._run, self.manifest, images, self.nms)
 
     @torch.inference_mode()
     def _run(self, images_B3HW: NDArray[np.uint8]) -> Raw:

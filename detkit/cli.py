@@ -37,6 +37,8 @@ ModelOption = Annotated[
 ]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DeviceOption = Annotated[Device, typer.Option(help="where the network runs")]
+Nms = Literal["none", "hard", "soft", "weighted"]
+NmsOption = Annotated[Nms, typer.Option(help="overlapping boxes: as they are, NMS, soft-NMS, or weighted boxes fusion")]
 
 FileFormat = Literal["voc", "coco", "yolo", "labelme", "cvat", "openimages", "csv"]
 FormatOption = Annotated[
@@ -92,6 +94,10 @@ def train(
     resume: Annotated[
         str | None, typer.Option(help="go on with a stopped run: its folder, or nothing for the newest")
     ] = None,
+    overfit: Annotated[
+        int | None,
+        typer.Option(min=1, help="learn only so many photos by heart: whether config and data can be learnt at all"),
+    ] = None,
 ) -> None:
     """Train a detector; the run goes to runs/<name>-<n>."""
     from detkit import checkpoint, config
@@ -99,12 +105,13 @@ def train(
 
     console = _console()
     if resume:
-        if sets or more:
-            raise UserError("--resume goes on with the run's own settings: leave out --set")
+        if sets or more or overfit:
+            raise UserError("--resume goes on with the run's own settings: leave out --set and --overfit")
         folder = checkpoint.newest_stopped() if resume == "newest" else Path(resume)
         run = job.resume(folder, console)
     elif config_name:
-        run = job.start(config.load(config_name, [*(sets or []), *(more or [])]), console)
+        settings = config.load(config_name, [*(sets or []), *(more or [])])
+        run = job.start(config.overfit(settings, overfit) if overfit else settings, console)
     else:
         raise UserError("name a config, such as  --config ssd_mobilenet.yaml")
     console.print(f"\ndone: {run}\nnext:  detkit predict PHOTO --model {run}\n       detkit export {run}")
@@ -124,6 +131,7 @@ def evaluate(
     ] = False,
     device: DeviceOption = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+    nms: NmsOption = "hard",
 ) -> None:
     """Measure a trained detector: COCO mAP and VOC AP50."""
     from detkit import evaluate as job
@@ -137,6 +145,7 @@ def evaluate(
         class_agnostic=class_agnostic,
         device=device,
         json_file=json_file,
+        nms=nms,
     )
 
 
@@ -150,25 +159,27 @@ def predict(
     ] = "json",
     score: Annotated[float | None, typer.Option(min=0, max=1, help="lowest score shown; default: the model's")] = None,
     device: DeviceOption = "auto",
+    nms: NmsOption = "hard",
 ) -> None:
     """Find the products in photos: a table, annotated pictures, and JSON or VOC XML."""
     from detkit.runtime import predict as job
 
-    failures = job.predict(_detector(model, device), photos, out, format=file_format, score=score, console=_console())
+    detector = _detector(model, device, nms)
+    failures = job.predict(detector, photos, out, format=file_format, score=score, console=_console())
     raise typer.Exit(1 if failures else 0)
 
 
-def _detector(model: str | None, device: Device) -> Detector:
+def _detector(model: str | None, device: Device, nms: Nms) -> Detector:
     """What `detkit predict` runs: a Session for an .onnx file (torch-free), else a checkpoint under torch."""
     if model is not None and Path(model).suffix == ".onnx":
         from detkit.runtime.session import Session
 
         if device == "mps":
             raise UserError("--device mps: ONNX files run on auto, cpu or cuda")
-        return Session(model, device=device)
+        return Session(model, device=device, nms=nms)
     from detkit import checkpoint
 
-    return checkpoint.TorchSession(checkpoint.find(model), device)
+    return checkpoint.TorchSession(checkpoint.find(model), device, nms)
 
 
 @app.command()
@@ -176,11 +187,14 @@ def export(
     run: Annotated[str | None, typer.Argument(help="a run folder or a checkpoint; default: the newest run")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="the .onnx file; default: beside the model")] = None,
     data: Annotated[Path | None, typer.Option(help="data set to check it on; default: the run's")] = None,
+    nms: Annotated[
+        Literal["hard", "none"], typer.Option(help="none: left to  detkit predict --nms, or to your own code")
+    ] = "hard",
 ) -> None:
     """Write an ONNX file that takes pixels and gives boxes, after checking it against torch on real photos."""
     from detkit import export as job
 
-    job.run(run, out, data, _console())
+    job.run(run, out, data, _console(), nms)
 
 
 @data_app.command()

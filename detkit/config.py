@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
@@ -17,6 +19,10 @@ from detkit.geometry import Rule
 Share = Annotated[float, Field(ge=0, le=1)]
 Triple = tuple[float, float, float]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Activation = Literal["relu", "relu6", "leaky_relu", "elu", "selu", "silu", "gelu", "hardswish", "mish"]
+Init = Literal[
+    "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal", "orthogonal", "normal", "trunc_normal"
+]
 
 
 class Settings(BaseModel):
@@ -72,23 +78,64 @@ class Augment(Settings):
     close_epochs: int = Field(0, ge=0, description="last epochs trained with flip and colour only")
 
 
+# Backbones known by name that torchvision lacks, and what timm calls them.
+TIMM = {
+    "mobilenet_v1": "mobilenetv1_100",
+    "inception_v4": "inception_v4",
+    "inception_resnet_v2": "inception_resnet_v2",
+    "se_resnet50": "seresnet50",
+    "senet154": "senet154",
+}
+
+
 class Backbone(Settings):
-    """The network that turns an image into feature maps; names are torchvision's."""
+    """The network that turns an image into feature maps. Names are torchvision's, but for those of TIMM."""
 
     name: Literal[
+        "alexnet", "googlenet", "inception_v3",
         "vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn",
-        "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2",
+        "resnet18", "resnet34", "resnet50", "resnet101",
+        "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large",
+        "efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "efficientnet_b3", "efficientnet_b4",
+        "efficientnet_b5", "efficientnet_b6", "efficientnet_b7",
+        "convnext_tiny", "convnext_small", "convnext_base", "convnext_large",
+        "mobilenet_v1", "inception_v4", "inception_resnet_v2", "se_resnet50", "senet154",
+        "csp", "timm",
     ]  # fmt: skip
-    width: PositiveFloat = Field(1.0, description="mobilenet_v2: factor on the channels; the others come as they are")
+    model: str | None = Field(None, description="name timm: the network's name there, such as regnety_004")
+    strides: tuple[Literal[4, 8, 16, 32], ...] = Field(
+        (8, 16, 32), min_length=1, description="of the maps handed on, finest first; stages after the last are left out"
+    )
+    width: PositiveFloat = Field(
+        1.0, description="mobilenet_v2, csp: factor on the channels; the others come as they are"
+    )
     freeze: int = Field(
         0, ge=0, le=5, description="stages kept as loaded, counted from the image; with weights: none, none"
     )
     frozen_bn: bool = Field(False, description="BatchNorm keeps its loaded statistics, weights and biases; likewise")
+    own_layers: bool = Field(False, description="model.norm and model.activation change only neck and head")
 
     @model_validator(mode="after")
     def _width(self) -> Backbone:
-        if self.width != 1 and self.name != "mobilenet_v2":
-            raise ValueError(f"width is for mobilenet_v2; {self.name} has only 1.0")
+        if self.width != 1 and self.name not in ("mobilenet_v2", "csp"):
+            raise ValueError(f"width is for mobilenet_v2 and csp; {self.name} has only 1.0")
+        return self
+
+    @model_validator(mode="after")
+    def _model(self) -> Backbone:
+        if (self.model is None) == (self.name == "timm"):
+            raise ValueError("name: timm needs model, timm's name of a network; with another name, leave model out")
+        return self
+
+    @property
+    def timm(self) -> str | None:
+        """timm's name of the network, if it comes from there."""
+        return self.model or TIMM.get(self.name)
+
+    @model_validator(mode="after")
+    def _doubling(self) -> Backbone:
+        if any(coarse != 2 * fine for fine, coarse in pairwise(self.strides)):
+            raise ValueError(f"each of strides is twice the one before, as in [4, 8, 16, 32], not {list(self.strides)}")
         return self
 
 
@@ -106,20 +153,43 @@ class PAN(Settings):
     name: Literal["pan"] = "pan"
     channels: PositiveInt = 96
     levels: int = Field(3, ge=3, le=5)
+    block: Literal["separable", "csp"] = Field(
+        "separable", description="depthwise-separable 5x5 convolutions, or plain 3x3 ones on half the channels (CSP)"
+    )
 
 
 class FPN(Settings):
-    """Feature pyramid network (Lin 2017): a top-down pass over strides 8, 16, 32 (and 64 and so on)."""
+    """Feature pyramid network (Lin 2017): a top-down pass over the backbone's maps (and 64 and so on)."""
 
     name: Literal["fpn"] = "fpn"
     channels: PositiveInt = 256
-    levels: int = Field(5, ge=3, le=5)
+    levels: int = Field(5, ge=1, le=6)
+    norm: Literal["batch", "none"] = Field("batch", description="after each convolution; none: a bias instead")
+    coarser: Literal["conv", "pool"] = Field(
+        "conv", description="levels beyond the backbone's: stride-2 convolutions, or every other cell (R-CNN)"
+    )
 
 
-Neck = Annotated[SSDExtras | PAN | FPN, Field(discriminator="name")]
+class NoNeck(Settings):
+    """The backbone's maps as they are."""
+
+    name: Literal["none"] = "none"
 
 
-class SSD(Settings):
+Neck = Annotated[SSDExtras | PAN | FPN | NoNeck, Field(discriminator="name")]
+
+
+class HeadSettings(Settings):
+    """What the settings of all heads can be asked. necks: names of those that the head goes with; empty: any."""
+
+    necks: ClassVar[tuple[str, ...]] = ()
+
+    def default_boxes(self) -> SSD | None:
+        """The settings of default boxes that `detkit data stats` can fit to a data set, if the head has any."""
+        return None
+
+
+class SSD(HeadSettings):
     """SSD head (Liu 2016): default boxes on every level, class scores and box offsets by convolution."""
 
     name: Literal["ssd"] = "ssd"
@@ -150,15 +220,125 @@ class SSD(Settings):
             raise ValueError(f"{len(self.ratios)} levels of ratios need as many steps")
         return self
 
+    def default_boxes(self) -> SSD | None:
+        """These."""
+        return self
+
+    def spacing(self, strides: tuple[int, ...]) -> tuple[float, ...]:
+        """Pixels between the default boxes of each level, for maps of these strides."""
+        return self.steps or tuple(map(float, strides))
+
+
+class YOLO(HeadSettings):
+    """Modern YOLO head: one anchor-free candidate a cell, decoupled branches, task-aligned assignment (TOOD), box sides
+    as distributions (distribution focal loss, Li 2020)."""
+
+    necks: ClassVar[tuple[str, ...]] = ("pan", "fpn", "none")
+
+    name: Literal["yolo"] = "yolo"
+    channels: PositiveInt = Field(64, description="of the two branches (classes, box) on each level")
+    convs: int = Field(1, ge=0, le=4, description="3x3 convolutions of each branch before its predictor")
+    bins: int = Field(
+        16, ge=2, le=64, description="values of a side's distribution: a box reaches bins - 1 strides from its cell"
+    )
+    top_candidates: PositiveInt = Field(10, description="cells that may answer for one object")
+    smoothing: Share = Field(0.0, description="label smoothing of the class loss")
+    class_weight: PositiveFloat = Field(1.0, description="factor on the quality-aware class loss")
+    box_weight: PositiveFloat = Field(2.5, description="factor on the complete-IoU loss of boxes")
+    dfl_weight: PositiveFloat = Field(0.5, description="factor on the distribution focal loss of sides")
+
+
+class YOLOv1(HeadSettings):
+    """YOLO as first published (Redmon 2016): a grid of cells, each with a few boxes and one class distribution, from
+    fully connected layers, so that the canvas can't change; squared errors."""
+
+    necks: ClassVar[tuple[str, ...]] = ("none",)
+
+    name: Literal["yolo_v1"] = "yolo_v1"
+    grid: int = Field(7, ge=1, le=32, description="cells along each side (S); at most one object of each is learnt")
+    boxes: int = Field(2, ge=1, le=8, description="boxes that a cell predicts (B); the best one answers for its object")
+    channels: PositiveInt = Field(1024, description="of the 3x3 convolutions on the backbone's last map")
+    hidden: PositiveInt = Field(4096, description="width of the first fully connected layer")
+    dropout: float = Field(0.5, ge=0, lt=1, description="after that layer")
+    box_weight: PositiveFloat = Field(5.0, description="factor on the errors of centres and sides (lambda coord)")
+    empty_weight: PositiveFloat = Field(0.5, description="factor on the confidence of boxes without object (noobj)")
+
+
+class FasterRCNN(HeadSettings):
+    """Faster R-CNN (Ren 2015): a region proposal network (RPN) on every level, then a second look at each region. The
+    defaults are torchvision's, for photos of some 800 pixels."""
+
+    necks: ClassVar[tuple[str, ...]] = ("fpn", "pan", "none")
+
+    name: Literal["faster_rcnn"] = "faster_rcnn"
+    anchor_sizes: tuple[tuple[PositiveFloat, ...], ...] = Field(
+        ((32,), (64,), (128,), (256,), (512,)), min_length=1, description="sides of each level's anchors, in pixels"
+    )
+    anchor_ratios: tuple[PositiveFloat, ...] = Field((0.5, 1.0, 2.0), min_length=1, description="height over width")
+    anchor_centre: Share = Field(
+        0.0, description="where in its cell an anchor stands: 0 fits 3x3 convolutions of stride 2, 0.5 pools (VGG)"
+    )
+    rpn_convs: PositiveInt = Field(1, description="3x3 convolutions of the RPN before its two predictors")
+    rpn_iou: tuple[Share, Share] = Field(
+        (0.3, 0.7), description="IoU with every object below which an anchor is negative; with one, from which positive"
+    )
+    rpn_samples: PositiveInt = Field(256, description="anchors of an image that the RPN's loss looks at")
+    rpn_positives: Share = Field(0.5, description="largest share of positives among them")
+    candidates: PositiveInt = Field(1000, description="best anchors of a level that reach the proposals' NMS")
+    proposals: PositiveInt = Field(1000, description="regions of an image that are looked at again")
+    train_candidates: PositiveInt = Field(2000, description="the same in training")
+    train_proposals: PositiveInt = Field(2000, description="the same in training, before samples are taken")
+    proposal_iou: Share = Field(0.7, description="NMS of proposals: one that overlaps a better one by more goes")
+    samples: PositiveInt = Field(512, description="regions of an image that the second loss looks at")
+    positives: Share = Field(0.25, description="largest share of positives among them")
+    match_iou: Share = Field(0.5, description="IoU from which a region is positive for an object")
+    pool: Literal["align", "max"] = Field(
+        "align", description="a region's features: RoIAlign (He 2017), or RoI pooling (Girshick 2015; one level only)"
+    )
+    pool_size: PositiveInt = Field(7, description="cells along each side of a region's features")
+    pool_samples: PositiveInt = Field(2, description="align: samples along each side of a cell")
+    pool_levels: PositiveInt = Field(4, description="finest levels that features are taken from")
+    pool_side: PositiveFloat = Field(224, description="side in pixels of regions whose features have stride 16")
+    convs: int = Field(0, ge=0, le=8, description="3x3 convolutions with BatchNorm on a region's features")
+    fcs: PositiveInt = Field(2, description="fully connected layers after them")
+    width: PositiveInt = Field(1024, description="of the fully connected layers")
+    dropout: float = Field(0.0, ge=0, lt=1, description="after each of them")
+    variances: tuple[PositiveFloat, PositiveFloat] = Field(
+        (0.1, 0.2), description="scale of the second look's offsets: centres, sides"
+    )
+    beta: PositiveFloat = Field(1 / 9, description="offset error at which smooth L1 turns from squared to linear")
+    smoothing: Share = Field(0.0, description="label smoothing of the second class loss")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FasterRCNN:
+        if len({len(sizes) for sizes in self.anchor_sizes}) != 1 or not self.anchor_sizes[0]:
+            raise ValueError("anchor_sizes needs as many sizes on each level, for the levels share the RPN")
+        if self.rpn_iou[0] > self.rpn_iou[1]:
+            raise ValueError(f"rpn_iou is [negative below, positive from], not {list(self.rpn_iou)}")
+        if self.pool == "max" and min(self.pool_levels, len(self.anchor_sizes)) > 1:
+            raise ValueError("pool max is for one level: set pool_levels to 1, or pool to align")
+        return self
+
+
+Head = Annotated[SSD | YOLO | YOLOv1 | FasterRCNN, Field(discriminator="name")]
+
 
 class Select(Settings):
     """Which boxes are kept: top-k, then NMS a class."""
 
+    nms: Literal["hard", "none"] = Field(
+        "hard", description="none: the candidates as they are, for what comes after the network to merge"
+    )
     score: Share = Field(0.01, description="lowest score kept")
     iou: Share = Field(0.45, description="NMS: a box that overlaps a better one of its class by more goes")
     agnostic: bool = Field(False, description="NMS: or a better one of any class")
     candidates: PositiveInt = Field(1000, description="best (box, class) pairs of an image that reach NMS")
     keep: PositiveInt = Field(200, description="most detections an image")
+
+    @property
+    def room(self) -> int:
+        """Most boxes of an image that leave the network."""
+        return self.candidates if self.nms == "none" else self.keep
 
 
 class Model(Settings):
@@ -166,22 +346,46 @@ class Model(Settings):
 
     backbone: Backbone
     neck: Neck
-    head: SSD
+    head: Head
     select: Select = Select()
     weights: str = Field(
         "none",
-        description="none | a .pth or .safetensors of torchvision's key names | torchvision (the reference detector) "
-        "| imagenet or a torchvision weights name such as VGG16_Weights.IMAGENET1K_V1 (downloaded)",
+        description="none | a .pth or .safetensors of torchvision's or timm's key names | torchvision (the reference "
+        "detector) | imagenet or a torchvision weights name such as VGG16_Weights.IMAGENET1K_V1 (downloaded)",
     )
+    norm: Literal["bn", "group", "sync_bn", "frozen"] = Field(
+        "bn",
+        description="every BatchNorm as it is, as GroupNorm, with statistics over all GPUs, or with its loaded "
+        "statistics, weights and biases kept (weights: none keeps none)",
+    )
+    activation: Activation | None = Field(None, description="in place of every ReLU and the like; default: as built")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of channels of the head's maps dropped in training")
+    init: Init | None = Field(
+        None, description="weights of backbone and neck that are not loaded; kaiming is He's; default: each network's"
+    )
+
+    @model_validator(mode="after")
+    def _norm(self) -> Model:
+        if self.norm == "group" and self.backbone.frozen_bn and not self.backbone.own_layers:
+            raise ValueError("backbone.frozen_bn keeps BatchNorm, which norm: group takes out; set backbone.own_layers")
+        return self
+
+    @model_validator(mode="after")
+    def _neck(self) -> Model:
+        if self.head.necks and self.neck.name not in self.head.necks:
+            raise ValueError(f"the head {self.head.name} goes with neck {' or '.join(self.head.necks)}")
+        return self
 
 
 class Optimizer(Settings):
-    """The optimiser, by torch's name."""
+    """The optimiser."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adamw", "muon"] = Field(
+        "sgd", description="with Nesterov momentum; AdamW; or Muon (Jordan 2024), fast from random weights"
+    )
     lr: PositiveFloat
     backbone_lr: PositiveFloat = Field(1.0, description="factor on the backbone's learning rate")
-    momentum: Share = 0.9
+    momentum: Share = Field(0.9, description="adamw: its beta1")
     weight_decay: float = Field(5e-4, ge=0, description="not applied to norms and biases")
 
 
@@ -228,6 +432,10 @@ class Train(Settings):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
     eval_every: PositiveInt = Field(1, description="epochs between evaluations")
+    overfit: int = Field(
+        0, ge=0, description="train on only so many photos of the split, and evaluate on the same; 0: all"
+    )
+    until: Share = Field(0.0, description="end the run once an evaluation's mAP50 is this high; 0: after all epochs")
     workers: int = Field(2, ge=0, description="loader processes")
     device: Device = "auto"
     seed: int = Field(0, ge=0)
@@ -350,6 +558,9 @@ def _reason(error: Any) -> str:
     if kind == "union_tag_invalid":
         tag, tags = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "")
         return f"{dotted}.name: should be one of {tags}, not {tag}{nearest(tag, tags.split(', '))}"
+    if kind == "literal_error" and len(choices := re.findall("'([^']+)'", error["ctx"]["expected"])) > 12:
+        close = nearest(str(error["input"]), choices)
+        return f"{dotted}: {error['input']!r:.60} is none of {len(choices)} names{close}; see detkit config --schema"
     if kind == "union_tag_not_found":
         return f"{dotted}.name: missing"
     reason = error["msg"].removeprefix("Value error, ")
@@ -370,6 +581,38 @@ def load(name: str | Path, assignments: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: not a config: expected settings such as 'name:' and 'model:'")
     override(tree, assignments)
     return parse(tree, os.fspath(path))
+
+
+# What `overfit` counts as learnt by heart.
+LEARNT = 0.95
+
+
+def overfit(settings: Config, photos: int) -> Config:
+    """The config, changed to learn so many photos by heart: none of what keeps a detector from that (augmentation,
+    dropout, label smoothing, weight decay), evaluated on the same photos, until mAP50 is `LEARNT`."""
+    cfg, model = settings.train, settings.model
+    head: dict[str, Any] = dict.fromkeys({"dropout", "smoothing"} & type(model.head).model_fields.keys(), 0.0)
+    return settings.model_copy(
+        update={
+            "name": f"{settings.name}-overfit",
+            "augment": Augment(flip=0, crop=0, colour=0),
+            "model": model.model_copy(update={"dropout": 0.0, "head": model.head.model_copy(update=head)}),
+            "train": cfg.model_copy(
+                update={
+                    "overfit": photos,
+                    "until": LEARNT,
+                    "epochs": 200,
+                    "eval_every": 10,
+                    "batch_size": max(1, min(cfg.batch_size, photos // 4)),
+                    "optimizer": cfg.optimizer.model_copy(update={"weight_decay": 0.0}),
+                    "schedule": cfg.schedule.model_copy(update={"warmup_steps": min(cfg.schedule.warmup_steps, 20)}),
+                    "ema": min(cfg.ema, 0.9),
+                    "workers": 0,
+                    **{name: Train.model_fields[name].default for name in ("progressive", "multi_scale", "sampler")},
+                }
+            ),
+        }
+    )
 
 
 def dump(config: Config) -> str:

@@ -29,6 +29,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 # The extra that brings each optional package.
 _EXTRAS = {
     **dict.fromkeys(("jinja2", "lxml", "matplotlib"), "data"),
+    "timm": "timm",
     **dict.fromkeys(
         (
             "albumentations",

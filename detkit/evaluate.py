@@ -23,12 +23,18 @@ from detkit.data.labels import DataSet
 from detkit.errors import UserError
 from detkit.files import atomic_write
 from detkit.nn.detector import Predictor
+from detkit.runtime import merge
 from detkit.runtime.session import detections
 from detkit.types import Detections
 
 
-def detect(predictor: Predictor, loader: Loader, device: torch.device, console: Console) -> list[Detections]:
-    """The detections of every photo that the loader gives, in its order, in pixels of the original photo."""
+def detect(
+    predictor: Predictor, loader: Loader, device: torch.device, console: Console, nms: merge.Kind = "hard"
+) -> list[Detections]:
+    """The detections of every photo that the loader gives, in its order, in pixels of the original photo.
+
+    nms: what becomes of candidates that overlap, where the predictor's rule leaves that open.
+    """
     found: list[Detections] = []
     with bar(console) as progress, torch.inference_mode():
         task = progress.add_task("evaluating", total=len(loader))
@@ -36,7 +42,7 @@ def detect(predictor: Predictor, loader: Loader, device: torch.device, console: 
             images = batch.images.to(device, non_blocking=True)
             outputs = [tensor.cpu().numpy() for tensor in predictor(images)]
             for plan, *rows in zip(batch.plans, *outputs, strict=True):
-                found.append(detections(plan, *rows))
+                found.append(merge.merge(detections(plan, *rows), nms, predictor.rule))
             progress.advance(task)
     return found
 
@@ -76,6 +82,7 @@ def run(
     class_agnostic: bool = False,
     device: Device = "auto",
     json_file: Path | None = None,
+    nms: merge.Kind = "hard",
 ) -> dict[str, Any]:
     """``detkit eval``: print the figures of a run or checkpoint on a split, and write them to `json_file`.
 
@@ -84,6 +91,8 @@ def run(
     model's.
     """
     trained = checkpoint.read(checkpoint.find(model))
+    if nms != "hard":
+        trained = trained.without_nms()
     settings = trained.config
     data = trained.data(root)
     if file_format:
@@ -96,7 +105,7 @@ def run(
     predictor = trained.predictor().to(where)
     if class_agnostic:
         predictor.rule = predictor.rule.model_copy(update={"agnostic": True})
-    found = detect(predictor, loader, where, console)
+    found = detect(predictor, loader, where, console, nms)
     records = [dataset[i] for i in range(len(dataset))]
     if class_agnostic:
         found = [replace(each, labels=np.zeros_like(each.labels)) for each in found]

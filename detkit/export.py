@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx
@@ -48,9 +48,37 @@ def _stable_sort(x: Any, stable: bool | None = None, dim: int = -1, descending: 
     return op.TopK(x, op.Gather(op.Shape(x), [dim]), axis=dim, largest=int(descending), sorted=1)
 
 
+def _pyramid_align(feats: Any, boxes: Any, levels: Any, strides: Any, size: int, samples: int) -> Any:
+    """detkit::pyramid_align in ONNX: RoiAlign of each level's boxes, put back into their places."""
+    shape = op.Shape(boxes)
+    images = op.Range(0, op.Gather(shape, 0), 1)
+    image = op.Reshape(op.Expand(op.Unsqueeze(images, [1]), op.Slice(shape, [0], [2])), [-1])
+    boxes, levels = op.Reshape(boxes, [-1, 4]), op.Reshape(levels, [-1])
+    cells = op.Slice(op.Shape(feats[0]), [1], [2])
+    side = op.Constant(value_ints=[size])
+    found = op.ConstantOfShape(op.Concat(op.Shape(levels), cells, side, side, axis=0))
+    for level, (feat, stride) in enumerate(zip(feats, strides, strict=True)):
+        places = op.Reshape(op.NonZero(op.Equal(levels, op.Constant(value_int=level))), [-1])
+        aligned = op.RoiAlign(
+            feat, op.Gather(boxes, places), op.Gather(image, places), output_height=size, output_width=size,
+            sampling_ratio=samples, spatial_scale=1 / stride, coordinate_transformation_mode="output_half_pixel",
+        )  # fmt: skip
+        found = op.ScatterND(found, op.Unsqueeze(places, [1]), aligned)
+    return found
+
+
+def _roi_pool(x: Any, boxes: Any, scale: float, rows: int, columns: int) -> Any:
+    """torchvision::roi_pool, of which onnxscript's own form takes other arguments. Its second output, where the maxima
+    were, serves gradients only."""
+    pooled = op.MaxRoiPool(x, boxes, pooled_shape=[rows, columns], spatial_scale=scale)
+    return pooled, pooled
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.detkit.suppress.default: _suppress,
     torch.ops.aten.sort.stable: _stable_sort,
+    torch.ops.torchvision.roi_pool.default: _roi_pool,
+    torch.ops.detkit.pyramid_align.default: _pyramid_align,
 }
 
 
@@ -173,7 +201,9 @@ def check(model: bytes, predictor: Predictor, photos: Tensor) -> Check:
     session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
     rule = predictor.rule
     unselected = copy.copy(predictor)
-    unselected.rule = rule.model_copy(update={"iou": 1.0, "keep": rule.candidates})
+    unselected.rule = rule.model_copy(update={"nms": "none"})
+    if rule.nms == "none":
+        rule = rule.model_copy(update={"iou": 1.0, "keep": rule.room})
     cycle = photos[torch.arange(12) % len(photos)]
     found: list[tuple[_Found, _Found, _Found]] = []
     for batch in (cycle[:1], torch.stack((cycle[1], torch.full_like(cycle[0], 127), cycle[2])), cycle[3:11]):
@@ -223,14 +253,18 @@ def export(predictor: Predictor, manifest: Manifest, path: Path, photos: Tensor)
     return result
 
 
-def run(model: str | None, out: Path | None, root: Path | None, console: Console) -> Path:
+def run(
+    model: str | None, out: Path | None, root: Path | None, console: Console, nms: Literal["hard", "none"] = "hard"
+) -> Path:
     """Export a run's best checkpoint, or the checkpoint `model`, to `out` (default: beside it), and say how it went.
 
-    It is checked on photos of the run's validation split, or that of the data set in `root`. Returns the ONNX file.
-    Raises UserError.
+    It is checked on photos of the run's validation split, or that of the data set in `root`. nms: 'none' leaves that
+    to what comes after; else as the run's config says. Returns the ONNX file. Raises UserError.
     """
     source = checkpoint.find(model)
     trained = checkpoint.read(source)
+    if nms == "none":
+        trained = trained.without_nms()
     path = out or source.with_suffix(".onnx")
     if path.suffix != ".onnx":
         raise UserError(f"--out {path}: name a file that ends in .onnx")

@@ -56,18 +56,8 @@ def run(
     console.print(_class_table(found), _size_table(found))
     tree: dict[str, Any] = found.tree() | {"clusters": cluster_tree(found.sides[learnt], shapes)}
     console.print(*_cluster_lines(tree["clusters"]), sep="\n", highlight=False, markup=False)
-    suggestions: list[Suggestion] = []
-    if settings:
-        from detkit import suggest
-
-        objects = {split: found.boxes[learnt]}
-        if split == "train" and "val" in voc.splits(data):
-            other = cache.load(data, "val")
-            objects["val"] = stats.on_canvas(other, canvas, resize, stats.measured(other))
-        with counting(console, "seeking default boxes") as progress:
-            suggestions = suggest.suggest(settings, objects, progress)
-        console.print(_box_table(suggestions))
-        console.print(*(f"{s.name}:\n{s.yaml()}" for s in suggestions[1:]), sep="\n", highlight=False, markup=False)
+    suggestions = _suggested(settings, data, found, found.boxes[learnt], console) if settings else []
+    if suggestions:
         tree["default_boxes"] = [box_tree(each) for each in suggestions]
     if json_file:
         atomic_write(json_file, json.dumps(tree, ensure_ascii=False, indent=1) + "\n")
@@ -89,6 +79,27 @@ def run(
     for path in (json_file, html, plots):
         if path:
             console.print(f"written: {path}", highlight=False, markup=False)
+
+
+def _suggested(
+    settings: config.Config, data: config.Data, found: Stats, objects: NDArray[np.float64], console: Console
+) -> list[Suggestion]:
+    """Print the config's default boxes, measured on `objects`, float64 [M, 4] on its canvas, and better ones; none,
+    where its head has no default boxes."""
+    if settings.model.head.default_boxes() is None:
+        console.print(f"the config's head {settings.model.head.name} has no default boxes to fit", highlight=False)
+        return []
+    from detkit import suggest
+
+    splits = {found.name: objects}
+    if found.name == "train" and "val" in voc.splits(data):
+        other = cache.load(data, "val")
+        splits["val"] = stats.on_canvas(other, found.canvas, found.resize, stats.measured(other))
+    with counting(console, "seeking default boxes") as progress:
+        suggestions = suggest.suggest(settings, splits, progress)
+    console.print(_box_table(suggestions))
+    console.print(*(f"{s.name}:\n{s.yaml()}" for s in suggestions[1:]), sep="\n", highlight=False, markup=False)
+    return suggestions
 
 
 def facts(found: Stats) -> list[str]:

@@ -56,6 +56,13 @@ class Suggestion:
         return "model:\n  head:\n" + "".join(f"    {key}: {json.dumps(value)}\n" for key, value in tree.items())
 
 
+def _head(config: Config) -> SSD:
+    head = config.model.head.default_boxes()
+    if head is None:
+        raise UserError(f"{config.name}: its head {config.model.head.name} has no default boxes")
+    return head
+
+
 def levels(config: Config) -> Levels:
     """The levels of a config's detector, found by running it without weights or arithmetic. Raises UserError."""
     height, width = config.input.size
@@ -63,7 +70,7 @@ def levels(config: Config) -> Levels:
         detector = Detector(config.model, config.input, 1)
         feats = detector.neck(detector.backbone(torch.zeros(1, 3, height, width)))
     grids = tuple((int(feat.shape[-2]), int(feat.shape[-1])) for feat in feats)
-    return Levels(config.input.size, grids, detector.head.steps)
+    return Levels(config.input.size, grids, _head(config).spacing(detector.neck.strides))
 
 
 def _level(
@@ -180,7 +187,7 @@ def suggest(
     first and measured on all. progress: called with (searches done, searches in all). Raises UserError where the first
     is empty, or the config's head has no default boxes.
     """
-    head, where = config.model.head, levels(config)
+    head, where = _head(config), levels(config)
     objects = next(iter(splits.values()))
     if not len(objects):
         raise UserError(f"{config.data.root}: no object to fit default boxes to")

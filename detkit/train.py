@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import itertools
 import math
+import platform
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -24,20 +27,23 @@ from torch.utils.tensorboard import SummaryWriter
 from detkit import checkpoint, config
 from detkit.checkpoint import pick_device
 from detkit.console import bar, counting, duration
-from detkit.data import cache, findings, pixels
+from detkit.data import cache, findings, pixels, stats
 from detkit.data.batch import Loader, repeat_factors
 from detkit.data.dataset import EvalSet, TrainSet
+from detkit.data.labels import DataSet
 from detkit.errors import Interrupted, UserError
 from detkit.evaluate import evaluate, table
 from detkit.files import atomic_write, next_folder
 from detkit.nn import weights
 from detkit.nn.contract import Losses
 from detkit.nn.detector import Detector, Predictor, Trainable
+from detkit.nn.layers import batch_norms
+from detkit.optim import Muon
 from detkit.types import Batch
 
 # What of a Run is saved for resuming.
 PARTS = ("detector", "predictor", "optimizer", "schedule", "scaler")
-COUNTERS = ("best", "epoch", "step_in_epoch", "totals")
+COUNTERS = ("best", "epoch", "step_in_epoch", "totals", "finished")
 LOG_EVERY = 60.0  # seconds between lines of progress where there is no terminal for a bar
 FIGURES = ("mAP", "mAP50", "mAP75", "VOC_AP50")
 
@@ -58,6 +64,8 @@ def make_optimizer(detector: Detector, settings: config.Optimizer) -> Optimizer:
         for (in_backbone, decays), members in groups.items()
     ]
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in detector.parameters())
+    if settings.name == "muon":
+        return Muon(parameters, settings.lr, settings.momentum)
     if settings.name == "adamw":
         return AdamW(parameters, betas=(settings.momentum, 0.999), fused=fused)
     return SGD(parameters, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=fused)
@@ -103,11 +111,15 @@ class Run:
         cfg = settings.train
         self.settings, self.console = settings, console
         self.folder = Path()
-        self.best, self.epoch, self.step_in_epoch = -1.0, 0, 0
+        self.best, self.epoch, self.step_in_epoch, self.finished = -1.0, 0, 0, False
         self.totals: dict[str, float] = {}  # of the losses, in this epoch
         self.device = pick_device(cfg.device)
         self.train_data = cache.load_split(settings.data, settings.data.train, console)
-        self.val_data = cache.load_split(settings.data, settings.data.val, console)
+        if cfg.overfit:
+            self.train_data = _spread(self.train_data, cfg.overfit)
+            self.val_data = self.train_data
+        else:
+            self.val_data = cache.load_split(settings.data, settings.data.val, console)
         self.classes = self.train_data.classes
         torch.manual_seed(cfg.seed)
         self.detector = Detector(settings.model, settings.input, len(self.classes))
@@ -130,7 +142,7 @@ class Run:
         """Where the training photos' pixels come from."""
         settings, cfg = self.settings, self.settings.train
         files = pixels.Files(self.train_data, cfg.decode == "reduced")
-        if cfg.cache == "none":
+        if cfg.cache == "none" or cfg.overfit:
             return files
         canvas, rule = cfg.largest_canvas(settings.input.size), settings.input.resize
         with counting(self.console, f"decoding {settings.data.train}") as progress:
@@ -144,7 +156,7 @@ class Run:
         """Measure the backbone's BatchNorm statistics on the first batches of training photos, held layers included:
         for weights whose statistics are approximate or from other photos."""
         backbone = self.detector.backbone
-        norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+        norms = batch_norms(backbone)
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.reset_running_stats()
@@ -176,6 +188,11 @@ class Run:
         """Write what resuming needs."""
         checkpoint.write_state(self.folder / checkpoint.STATE, self.state())
 
+    def rng(self) -> torch.Generator:
+        """What the head draws its samples with in this step; it depends on the seed and the step alone."""
+        key = random.Random(f"{self.settings.train.seed} {self.schedule.last_epoch}").getrandbits(63)
+        return torch.Generator(self.device).manual_seed(key)
+
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One optimiser step; returns the parts of the loss. Raises UserError where the loss is not finite."""
         cfg = self.settings.train
@@ -187,7 +204,7 @@ class Run:
         )
         dtype = torch.float16 if cfg.precision == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype, enabled=cfg.precision != "fp32"):
-            parts = divide(self.model(batch))
+            parts = divide(self.model(batch, self.rng()))
         values = dict(zip(parts, torch.stack([*parts.values()]).detach().tolist(), strict=True))
         if not all(math.isfinite(value) for value in values.values()):
             names = ", ".join(Path(self.train_data[int(i)].path).name for i in batch.index)
@@ -258,6 +275,32 @@ class Run:
         checkpoint.write(self.folder / name, weights_now, self.settings, self.classes, self.epoch, figures)
 
 
+def _spread(data: DataSet, photos: int) -> DataSet:
+    """So many photos with objects, evenly spread over the data set."""
+    filled = np.flatnonzero(np.diff(data.box_ends, prepend=0))
+    chosen = np.unique(np.linspace(0, len(filled) - 1, min(photos, len(filled))).round().astype(np.int64))
+    return data.take(filled[chosen])
+
+
+def remark(run: Run) -> str | None:
+    """What the head has to say of the training photos' objects, as they lie on the canvas; None: nothing."""
+    data, canvas = run.train_data, run.settings.input
+    learnt = stats.measured(data)
+    boxes = stats.on_canvas(data, canvas.size, canvas.resize, learnt)
+    return run.detector.head.remark(torch.from_numpy(boxes), torch.from_numpy(stats.photo_index(data)[learnt]))
+
+
+def _slow_precision(run: Run) -> str | None:
+    """What to say where the device only emulates the run's precision."""
+    precision = run.settings.train.precision
+    if run.device.type != "cpu" or precision == "fp32" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return None
+    quick: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version supported
+    if not quick or any(quick.get(f"{kind}_{precision}") for kind in ("avx512", "amx")):
+        return None
+    return f"this processor has no {precision} instructions: train.precision=fp32 is several times as fast here"
+
+
 def start(settings: config.Config, console: Console) -> Path:
     """Train a new run. Returns its folder. Raises UserError for the user's mistakes, Interrupted when stopped."""
     # Absolute, so that the run can be resumed, measured and exported from any folder.
@@ -270,6 +313,9 @@ def start(settings: config.Config, console: Console) -> Path:
     if settings.train.recalibrate_bn and report:
         run.recalibrate()
     run.predictor.follow(run.detector, 0)
+    for said in (remark(run), _slow_precision(run)):
+        if said:
+            console.print(said, highlight=False, style="yellow")
     run.folder = next_folder(settings.runs / f"{settings.name}-")
     atomic_write(run.folder / "config.yaml", config.dump(settings))
     findings.write(run.folder / "findings.jsonl", (*run.train_data.findings, *run.val_data.findings))
@@ -280,7 +326,7 @@ def resume(folder: Path, console: Console) -> Path:
     """Go on with a run that was stopped, from its last saved state."""
     state = checkpoint.read_state(folder)
     settings = config.load(folder / "config.yaml")
-    if state["epoch"] >= settings.train.epochs:
+    if state["finished"]:
         raise UserError(f"{folder}: this run is finished ({state['epoch']} epochs); start a new one to train longer")
     run = Run(settings, console)
     run.folder = folder
@@ -315,7 +361,7 @@ def _loop(run: Run) -> Path:
     log = _Log(run.folder, cfg.tensorboard)
     console.print(f"run: {run.folder}   device: {run.device}   {len(run.loader)} steps an epoch")
     with _stop_signals() as stop:
-        while run.epoch < cfg.epochs:
+        while not run.finished:
             began = time.perf_counter()
             with bar(console) as progress:
                 row = run.train_epoch(progress, stop)
@@ -324,9 +370,11 @@ def _loop(run: Run) -> Path:
                 run.write(checkpoint.LAST, {})  # not measured, but it can be looked at
                 raise Interrupted(f"stopped; go on with  detkit train --resume {run.folder}", stop())
             run.epoch, run.step_in_epoch, run.totals = run.epoch + 1, 0, {}
+            run.finished = run.epoch == cfg.epochs
             row = {"epoch": run.epoch, "lr": float(run.schedule.get_last_lr()[-1]), **row}
-            if run.epoch % cfg.eval_every == 0 or run.epoch == cfg.epochs:
+            if run.epoch % cfg.eval_every == 0 or run.finished:
                 figures = run.validate()
+                run.finished |= bool(cfg.until) and figures["mAP50"] >= cfg.until
                 row |= {name: figures[name] for name in FIGURES}
             else:
                 row |= dict.fromkeys(FIGURES, math.nan)
@@ -334,7 +382,10 @@ def _loop(run: Run) -> Path:
             log.add(row)
             run.save_state()
             console.print(_line(row, cfg.epochs), highlight=False)
-    console.print(table(figures, f"{run.settings.data.val}, last epoch"))
+    measured = f"{len(run.val_data)} photos of {run.settings.data.train}" if cfg.overfit else run.settings.data.val
+    console.print(table(figures, f"{measured}, last epoch"))
+    if figures["mAP50"] < cfg.until:
+        console.print(f"mAP50 is {figures['mAP50']:.3f}, not yet {cfg.until}: train.epochs ran out", style="yellow")
     return run.folder
 
 

@@ -210,6 +210,40 @@ def test_export_and_predict_agree_with_the_checkpoint(trained, tmp_path, run):
         assert (nearest < 0.05).mean() > 0.97
 
 
+def test_merging_after_the_network(trained, tmp_path, run):
+    photo = next((SHELF / "JPEGImages").iterdir())
+    without = tmp_path / "raw.onnx"
+    code, out, err = run("export", trained, "--nms", "none", "--out", without)
+    assert code == 0, err
+    assert "agree" in out
+    found = {}
+    for source in (trained, without):
+        for nms in ("none", "hard", "soft", "weighted"):
+            folder = tmp_path / f"{source.stem} {nms}"
+            code, _, err = run("predict", photo, "-m", source, "--nms", nms, "--out", folder, "--score", "0")
+            assert code == 0, err
+            file = folder / f"{photo.stem}.json"
+            found[source, nms] = json.loads(file.read_text(encoding="utf-8"))["detections"]
+        assert len(found[source, "none"]) > len(found[source, "hard"]) > 10
+        assert 200 >= len(found[source, "soft"]) > 10
+        assert 200 >= len(found[source, "weighted"]) > 0
+    # NMS in numpy, after the network, is the one inside it.
+    assert len(found[without, "hard"]) == pytest.approx(len(found[trained, "hard"]), abs=3)
+    figures = {}
+    for nms in ("hard", "soft", "weighted"):
+        code, _, err = run("eval", trained, "--nms", nms, "--json", tmp_path / f"{nms}.json")
+        assert code == 0, err
+        figures[nms] = json.loads((tmp_path / f"{nms}.json").read_text(encoding="utf-8"))["mAP50"]
+    assert len(set(figures.values())) > 1
+
+
+def test_soft_nms_on_a_file_with_nms_is_one_line(trained, tmp_path, run):
+    if not (trained / "best.onnx").exists():
+        run("export", trained)
+    result = run("predict", SHELF / "JPEGImages", "-m", trained / "best.onnx", "--nms", "soft", "--out", tmp_path / "x")
+    one_line(result, "best.onnx: has NMS inside", "detkit export --nms none")
+
+
 def test_predict_writes_voc_xml_and_pictures_in_the_photo_s_size(trained, tmp_path, run):
     photo = tmp_path / "a photo.png"
     Image.new("RGB", (333, 222), "white").save(photo)

@@ -117,3 +117,14 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         main(["data", "stats", str(root), "--config", "ssd_shelf", "--size", "99", "99"])
     assert stop.value.code == 2
     assert "--size" in capsys.readouterr().err
+
+
+def test_a_head_without_default_boxes_has_none_to_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="head yolo has no default boxes"):
+        suggest.suggest(config.load("yolo_nano"), {"train": some_boxes(0, 5, (64, 64))})
+    root = make_voc(tmp_path / "data")
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "stats", str(root), "--config", "yolo_nano", "--json", str(tmp_path / "a.json")])
+    assert stop.value.code == 0
+    assert "head yolo has no default boxes to fit" in capsys.readouterr().out
+    assert "default_boxes" not in json.loads((tmp_path / "a.json").read_text())

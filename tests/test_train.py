@@ -1,6 +1,7 @@
 """Training, from the pieces to whole runs on shelf-mini."""
 
 import csv
+import io
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -10,8 +11,10 @@ import torch
 from rich.console import Console
 
 from detkit import checkpoint, config, train
+from detkit.data import cache
 from detkit.errors import Interrupted, UserError
 from detkit.nn.detector import Detector
+from detkit.types import CROWD, DIFFICULT
 
 SHELF = Path(__file__).parent.parent / "datasets" / "shelf-mini"
 TINY = [
@@ -133,6 +136,49 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_to_the_same_weights(tmp
         train.resume(stopped, console)
 
 
+def test_overfitting_learns_and_measures_a_few_photos_alone(tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    cfg = config.overfit(settings(tmp_path), 6)
+    epochs = {"epochs": 2, "eval_every": 1, "until": 0.999}
+    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update=epochs)})
+    assert max(cfg.augment.model_dump(exclude={"expand_max"}).values()) == 0
+    seen = set()
+    step = train.Run.train_step
+
+    def watched(run, batch):
+        seen.update(run.train_data[int(i)].path for i in batch.index)
+        assert run.val_data is run.train_data
+        return step(run, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Run, "train_step", watched)
+        folder = train.start(cfg, console)
+    assert folder.name == "ssd_shelf-overfit-1"
+    assert len(seen) == 6
+    said = console.file.getvalue()
+    assert "6 photos of train" in said
+    assert "not yet 0.999" in said
+
+
+def test_a_run_ends_at_the_figure_it_is_to_reach(tmp_path, console):
+    run = train.start(settings(tmp_path, "train.epochs=5", "train.eval_every=1", "train.until=1e-9"), console)
+    rows = list(csv.DictReader((run / "metrics.csv").open(encoding="utf-8")))
+    figures = [float(row["mAP50"]) for row in rows]
+    assert len(rows) < 5
+    assert figures[-1] >= 1e-9
+    assert all(figure < 1e-9 for figure in figures[:-1])
+    with pytest.raises(UserError, match="finished"):
+        train.resume(run, console)
+
+
+def test_emulated_precision_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    run = train.Run(settings(tmp_path, "train.precision=bf16", "train.device=cpu"), Console(quiet=True))
+    for flags, said in (({"avx512_bf16": False}, True), ({"amx_bf16": True}, False), ({}, False)):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda flags=flags: flags, raising=False)
+        assert bool(train._slow_precision(run)) == said
+
+
 def test_the_loss_falls_on_photos_seen_again_and_again(tmp_path, console):
     more = ["train.schedule.warmup_steps=0", "train.batch_size=4", "train.epochs=10"]
     run = train.Run(settings(tmp_path, *more), console)
@@ -146,17 +192,23 @@ def test_a_loss_that_is_not_finite_stops_with_the_photos_names(tmp_path, console
         train.start(settings(tmp_path, "train.optimizer.lr=1e18", "train.clip_norm=0", "train.epochs=9"), console)
 
 
-@pytest.mark.parametrize("name", ["ssd_mobilenet", "ssd_vgg", "ssd_resnet"])
-def test_every_config_trains(tmp_path, console, name):
-    sizes = {"ssd_vgg": "[300, 300]"}
-    more = ["train.schedule.warmup_steps=0", "model.weights=none", f"input.size={sizes.get(name, '[96, 96]')}"]
-    tiny = [item for item in TINY if not item.startswith(("model.", "input.", "train.batch", "train.epochs"))]
-    few = ["train.batch_size=2", "train.epochs=1", "train.eval_every=1"]
-    cfg = config.load(f"{name}.yaml", [*tiny, *few, *more, f"runs={tmp_path}", f"data.cache={tmp_path / 'cache'}"])
-    one = train.Run(cfg, console)
-    batch = next(one.loader.epoch(0))
-    losses = [sum(one.train_step(batch).values()) for _ in range(3)]
-    assert losses[-1] < losses[0]
+def test_what_the_head_has_to_say_of_the_photos_is_said(tmp_path):
+    """Here: how many objects share a cell of the grid of the first YOLO."""
+    tiny = [item for item in TINY if "width" not in item and "neck" not in item]
+    more = ["input.size=[96, 96]", "model.backbone.name=vgg11", "model.head.grid=3", "model.head.hidden=8"]
+    own = [f"runs={tmp_path / 'runs'}", f"data.cache={tmp_path / 'cache'}", "model.weights=none", "train.epochs=1"]
+    said = io.StringIO()
+    cfg = config.load("yolo_v1_vgg.yaml", [*tiny, *more, *own])
+    train.start(cfg, Console(file=said, width=300))
+    records = cache.load(cfg.data, "train")
+    places = [
+        (i, *((box[:2] + box[2:]) / 2 / record.hw[::-1] * 3).astype(int))
+        for i, record in enumerate(records[j] for j in range(len(records)))
+        for box in record.boxes[(record.flags & (DIFFICULT | CROWD)) == 0]
+    ]
+    shared = len(places) - len(set(places))
+    assert f"{shared} of {len(places)} objects" in said.getvalue()
+    assert shared > 100
 
 
 def test_recalibrated_statistics_are_those_of_the_photos(tmp_path, console):

@@ -88,12 +88,7 @@ class Labels:
     def take(self, rows: NDArray[np.int64]) -> Labels:
         """The annotations of those photos, in that order; -1 is a photo without one, no other row may come twice."""
         there = rows >= 0
-        counts = np.zeros(len(rows), np.int64)
-        counts[there] = np.diff(self.ends, prepend=0)[rows[there]]
-        ends = np.cumsum(counts, dtype=np.int64)
-        last = np.zeros(len(rows), np.int64)
-        last[there] = self.ends[rows[there]]
-        objects = np.arange(int(counts.sum())) + np.repeat(last - ends, counts)
+        objects, ends = _members(self.ends, rows)
         place = np.full(len(self), -1)
         place[rows[there]] = np.flatnonzero(there)
         hw, origins = np.zeros((len(rows), 2), np.int32), np.zeros(len(rows), np.uint8)
@@ -118,6 +113,17 @@ class Labels:
             remarks=(*self.remarks, *moved),
             **both,
         )
+
+
+def _members(ends: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of a column in which row i has the places ends[i - 1]:ends[i]: the places of those rows, one row's after the
+    other's, and where each row's now end. -1 is a row without any."""
+    there = rows >= 0
+    counts, last = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+    counts[there] = np.diff(ends, prepend=0)[rows[there]]
+    last[there] = ends[rows[there]]
+    taken = np.cumsum(counts, dtype=np.int64)
+    return np.arange(int(counts.sum())) + np.repeat(last - taken, counts), taken
 
 
 def stated_size(height: object, width: object) -> tuple[int, int] | None:
@@ -235,6 +241,16 @@ class DataSet:
         return Record(
             path, (height, width), self.boxes[chosen], self.labels[chosen].astype(np.int64), self.flags[chosen]
         )
+
+    def take(self, rows: NDArray[np.int64]) -> DataSet:
+        """Only those photos, in that order; the findings stay those of all."""
+        letters, path_ends = _members(self.path_ends, rows)
+        objects, box_ends = _members(self.box_ends, rows)
+        columns = {name: getattr(self, name)[objects] for name in ("boxes", "labels", "flags")}
+        return DataSet(
+            self.root, self.classes, self.paths[letters], path_ends, self.hw[rows], **columns, box_ends=box_ends,
+            findings=self.findings,
+        )  # fmt: skip
 
     def name(self, index: int) -> str:
         """The photo's path relative to the root, with forward slashes."""

@@ -107,7 +107,7 @@ def on_canvas(
     dataset: DataSet, canvas: tuple[int, int], resize: geometry.Rule, keep: NDArray[np.bool_] | None = None
 ) -> NDArray[np.float64]:
     """The objects' boxes, of those that `keep`, bool [M], says, in pixels of the canvas: float64 [M, 4]."""
-    photo = _photo(dataset)
+    photo = photo_index(dataset)
     boxes, photo = (dataset.boxes, photo) if keep is None else (dataset.boxes[keep], photo[keep])
     kinds, kind = np.unique(dataset.hw, axis=0, return_inverse=True)
     plans = [geometry.plan((int(height), int(width)), canvas, resize) for height, width in kinds]
@@ -130,7 +130,7 @@ def measured(dataset: DataSet) -> NDArray[np.bool_]:
 
 def collect(dataset: DataSet, name: str, canvas: tuple[int, int], resize: geometry.Rule) -> Stats:
     """The figures of a split called `name`, for a canvas of that height and width."""
-    classes, photo = len(dataset.classes), _photo(dataset)
+    classes, photo = len(dataset.classes), photo_index(dataset)
     pairs = np.unique(photo * max(1, classes) + dataset.labels)
     return Stats(
         name=name,
@@ -148,7 +148,7 @@ def collect(dataset: DataSet, name: str, canvas: tuple[int, int], resize: geomet
     )
 
 
-def _photo(dataset: DataSet) -> NDArray[np.int64]:
+def photo_index(dataset: DataSet) -> NDArray[np.int64]:
     """The photo of each object, int64 [M]."""
     return np.repeat(np.arange(len(dataset)), np.diff(dataset.box_ends, prepend=0))
 

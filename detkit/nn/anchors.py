@@ -49,6 +49,60 @@ def _default_boxes(
     return np.concatenate(levels).astype(np.float32)
 
 
+@lru_cache(maxsize=64)
+def _grid_anchors(
+    hw: tuple[int, int],
+    grids: Grids,
+    strides: tuple[int, ...],
+    sizes: Ratios,
+    ratios: tuple[float, ...],
+    centre: float,
+) -> np.ndarray:
+    roots = np.sqrt(ratios)[:, None]
+    levels = []
+    for grid, stride, level in zip(grids, strides, sizes, strict=True):
+        half = np.stack([level / roots, level * roots], -1).reshape(-1, 2) / 2
+        shape = np.concatenate([-half, half], 1).round()
+        # A map of every other cell may have fewer cells than its stride says; torchvision then puts them closer.
+        steps = [min(stride, -(-side // 32) * 32 // cells) for side, cells in zip(hw, grid, strict=True)]
+        rows, columns = ((np.arange(cells) + centre) * step for cells, step in zip(grid, steps, strict=True))
+        y, x = np.meshgrid(rows, columns, indexing="ij")
+        levels.append((np.stack([x, y, x, y], -1)[:, :, None] + shape).reshape(-1, 4))
+    return np.concatenate(levels).astype(np.float32)
+
+
+def grid_anchors(
+    hw: tuple[int, int],
+    grids: Grids,
+    strides: tuple[int, ...],
+    sizes: Ratios,
+    ratios: tuple[float, ...],
+    centre: float,
+    device: torch.device,
+) -> Tensor:
+    """Anchors of a region proposal network (Ren 2015) [A, 4] float32, in pixels, ordered by level, row, column, ratio,
+    size; from the centre to each edge a whole number of pixels, as in torchvision.
+
+    hw: height and width of the canvas. grids: rows and columns of each level. strides: pixels between its cells.
+    sizes: root of the anchors' areas on each level, in pixels. ratios: height over width. centre: place in the cell.
+    """
+    return torch.tensor(_grid_anchors(hw, grids, strides, sizes, ratios, centre), device=device)
+
+
+@lru_cache(maxsize=64)
+def _cells(grids: Grids, strides: tuple[int, ...]) -> np.ndarray:
+    levels = []
+    for (rows, columns), stride in zip(grids, strides, strict=True):
+        y, x = np.meshgrid((np.arange(rows) + 0.5) * stride, (np.arange(columns) + 0.5) * stride, indexing="ij")
+        levels.append(np.stack([x, y, np.full_like(x, stride)], -1).reshape(-1, 3))
+    return np.concatenate(levels).astype(np.float32)
+
+
+def cells(grids: Grids, strides: tuple[int, ...], device: torch.device) -> Tensor:
+    """Centre x, centre y and stride of each cell, in pixels: [A, 3] float32, ordered by level, row, column."""
+    return torch.tensor(_cells(grids, strides), device=device)
+
+
 def default_boxes(
     canvas: tuple[int, int],
     grids: Grids,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,12 +29,51 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     return overlap / (area(a) + area(b) - overlap).clamp(min=1e-9)
 
 
+class Planes(NamedTuple):
+    """Boxes as four contiguous tensors [...]: for all pairs of many boxes, arithmetic is several times as fast so."""
+
+    x1: Tensor
+    y1: Tensor
+    x2: Tensor
+    y2: Tensor
+
+    @property
+    def area(self) -> Tensor:
+        """[...]."""
+        return (self.x2 - self.x1) * (self.y2 - self.y1)
+
+
+def planes(boxes: Tensor) -> Planes:
+    """Boxes [..., 4] as planes."""
+    return Planes(*boxes.movedim(-1, 0).contiguous().unbind(0))
+
+
+def plane_iou(a: Planes, b: Planes) -> Tensor:
+    """`iou` of planes [...], with broadcasting -> [...]; without gradients."""
+    overlap = torch.minimum(a.x2, b.x2).sub_(torch.maximum(a.x1, b.x1)).clamp_(min=0)
+    overlap *= torch.minimum(a.y2, b.y2).sub_(torch.maximum(a.y1, b.y1)).clamp_(min=0)
+    return overlap / (a.area + b.area).sub_(overlap).clamp_(min=1e-9)
+
+
 def giou(a: Tensor, b: Tensor) -> Tensor:
     """Generalised IoU (Rezatofighi 2019) of boxes [..., 4], pair by pair with broadcasting -> [...] in (-1, 1]."""
     overlap = _intersection(a, b)
     union = (area(a) + area(b) - overlap).clamp(min=1e-9)
     hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     return overlap / union - (hull - union) / hull.clamp(min=1e-9)
+
+
+def ciou(a: Tensor, b: Tensor) -> Tensor:
+    """Complete IoU (Zheng 2020) of boxes [..., 4], pair by pair with broadcasting -> [...], at most 1: IoU, less
+    the squared distance of the centres over the hull's diagonal, less a penalty for unlike aspect ratios."""
+    (centre_a, size_a), (centre_b, size_b) = _centre_size(a), _centre_size(b)
+    overlap = iou(a, b)
+    hull = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    apart = (centre_a - centre_b).square().sum(-1) / hull.square().sum(-1).clamp(min=1e-9)
+    angle_a, angle_b = (torch.atan2(size[..., 0], size[..., 1]) for size in (size_a, size_b))
+    aspect = 4 / math.pi**2 * (angle_a - angle_b).square()
+    share = (aspect / (1 - overlap + aspect).clamp(min=1e-9)).detach()
+    return overlap - apart - share * aspect
 
 
 def _centre_size(boxes: Tensor) -> tuple[Tensor, Tensor]:

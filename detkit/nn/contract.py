@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from detkit.types import Targets
 
@@ -35,17 +35,29 @@ class FeatureMaps(Protocol):
     strides: tuple[int, ...]
 
 
-class Head(Protocol):
-    """A detection head. `Outputs` is the head's own NamedTuple of raw tensors."""
+class Head(nn.Module):
+    """A detection head. `Outputs` is the head's own NamedTuple of raw tensors.
+
+    reference: torchvision's name of the weights of the detector that this head was made like, if there is one.
+    """
+
+    reference: str | None = None
 
     def forward(self, feats: Feats, hw: tuple[int, int], targets: Targets | None = None, rng: Any = None) -> Any:
         """Feature maps of a canvas of height and width `hw` -> the head's Outputs."""
-        ...
+        raise NotImplementedError
 
     def loss(self, outputs: Any, targets: Targets) -> Losses:
         """Outputs and ground truth -> the parts of the loss."""
-        ...
+        raise NotImplementedError
 
     def decode(self, outputs: Any) -> Decoded:
         """Outputs -> candidates."""
-        ...
+        raise NotImplementedError
+
+    def remark(self, boxes_N4: Tensor, photo_N: Tensor) -> str | None:  # noqa: ARG002
+        """What its user should know about learning these objects with this head, in one line; None: nothing.
+
+        boxes: float [N, 4] in pixels of the input canvas, those of a whole data set. photo: int64 [N], whose they are.
+        """
+        return None

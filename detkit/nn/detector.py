@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from detkit import config
 from detkit.errors import UserError
-from detkit.nn import backbones, heads, necks
+from detkit.nn import backbones, heads, layers, necks
 from detkit.nn.contract import Losses
 from detkit.nn.select import select
 from detkit.types import Batch, Targets
@@ -34,14 +34,45 @@ class Detector(nn.Module):
         try:
             self.head = heads.build(model.head, self.neck, classes, canvas.size)
         except ValueError as error:
-            raise UserError(f"model.head: {error}; change model.head.ratios or model.neck.levels") from None
+            raise UserError(f"model.head: {error}") from None
+        self._restyle(model)
         for name, values in (("mean", canvas.mean), ("std", canvas.std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def _restyle(self, model: config.Model) -> None:
+        """Exchange norms and activations, and draw initial weights, where the settings say so."""
+        for part in (self.neck, self.head, *([] if model.backbone.own_layers else [self.backbone])):
+            if model.norm == "group":
+                layers.group_norms(part)
+            elif model.norm == "sync_bn":
+                layers.sync_norms(part)
+            if model.activation and not layers.exchange_activations(part, model.activation) and part is self.backbone:
+                raise UserError(
+                    f"model.activation={model.activation}: that of {part.name} is fixed; set model.backbone.own_layers"
+                )
+        if model.init:
+            layers.initialise(self.backbone, model.init)
+            layers.initialise(self.neck, model.init)
+        self.frozen = model.norm == "frozen" and model.weights != "none"
+        if self.frozen:
+            for norm in layers.batch_norms(self):
+                norm.requires_grad_(False)
+        self.dropout = nn.Dropout2d(model.dropout)
+
+    def train(self, mode: bool = True) -> Self:
+        """As nn.Module.train, but frozen norms stay in eval mode."""
+        super().train(mode)
+        for norm in layers.batch_norms(self) if self.frozen else ():
+            norm.eval()
+        return self
 
     def forward(self, images: Tensor, targets: Targets | None = None, rng: Any = None) -> Any:
         """images uint8 [B, 3, H, W] -> the head's Outputs."""
         hw = (int(images.shape[-2]), int(images.shape[-1]))
-        return self.head(self.neck(self.backbone(self.normalise(images))), hw, targets, rng)
+        feats = self.neck(self.backbone(self.normalise(images)))
+        if self.dropout.p:
+            feats = tuple(map(self.dropout, feats))
+        return self.head(feats, hw, targets, rng)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] RGB -> float32, less the mean, over the standard deviation."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detkit.config import FPN, PAN, SSDExtras
+from detkit import config
+from detkit.config import FPN, PAN, NoNeck, SSDExtras
 from detkit.errors import UserError
 from detkit.nn.contract import Feats, FeatureMaps
 
@@ -34,6 +36,26 @@ def separable(cin: int, cout: int, kernel: int = 5, stride: int = 1) -> nn.Modul
     """Depthwise then pointwise convolution, each with BatchNorm and ReLU (MobileNet, Howard 2017)."""
     depthwise = nn.Conv2d(cin, cin, kernel, stride, kernel // 2, groups=cin, bias=False)
     return nn.Sequential(depthwise, nn.BatchNorm2d(cin), nn.ReLU(inplace=True), conv(cin, cout))
+
+
+class CSP(nn.Module):
+    """Cross stage partial block (Wang 2020): half of the channels pass by, the other half goes through `depth` residual
+    pairs of 3x3 convolutions, and the steps between are handed on too (as in ELAN, Wang 2022)."""
+
+    def __init__(self, cin: int, cout: int, depth: int = 1) -> None:
+        super().__init__()
+        half = cout // 2
+        self.aside, self.enter = conv(cin, half), conv(cin, half)
+        self.steps = nn.ModuleList(nn.Sequential(conv(half, half, 3), conv(half, half, 3)) for _ in range(depth))
+        self.leave = conv((2 + depth) * half, cout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, cin, h, w] -> [B, cout, h, w]."""
+        parts = [self.aside(x), self.enter(x)]
+        for step in self.steps:
+            parts.append(parts[-1] + step(parts[-1]))
+        out: Tensor = self.leave(torch.cat(parts, 1))
+        return out
 
 
 class Extras(Neck):
@@ -107,18 +129,29 @@ def _up(coarse: Tensor, fine: Tensor) -> Tensor:
 
 
 class FeaturePyramid(Neck):
-    """FPN (Lin 2017): laterals, a top-down pass, a 3x3 convolution on each map; coarser maps by stride-2 ones."""
+    """FPN (Lin 2017): laterals, a top-down pass, a 3x3 convolution on each map; coarser maps by stride-2 convolutions,
+    or every other cell."""
 
     def __init__(self, settings: FPN, below: FeatureMaps) -> None:
         super().__init__()
-        width, given = settings.channels, len(below.channels)
-        self.laterals = nn.ModuleList(conv(cin, width, act=False) for cin in below.channels)
-        self.smooth = nn.ModuleList(conv(width, width, 3, act=False) for _ in range(given))
-        self.coarser = nn.ModuleList(conv(width, width, 3, 2) for _ in range(settings.levels - given))
+        width, given, norm = settings.channels, len(below.channels), settings.norm == "batch"
         self.channels, self.strides = _pyramid(settings, below)
+        self.laterals = nn.ModuleList(conv(cin, width, act=False, norm=norm) for cin in below.channels)
+        self.smooth = nn.ModuleList(conv(width, width, 3, act=False, norm=norm) for _ in range(given))
+        more = settings.levels - given
+        if settings.coarser == "pool":
+            self.coarser = nn.ModuleList(nn.MaxPool2d(1, 2) for _ in range(more))
+        else:
+            self.coarser = nn.ModuleList(conv(width, width, 3, 2, norm=norm) for _ in range(more))
+        if not norm:
+            # No ReLU follows: torch's own initialisation would shrink the values threefold a layer.
+            for layer in self.modules():
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.kaiming_uniform_(layer.weight, a=1)
+                    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, feats: Feats) -> Feats:
-        """Backbone maps at strides 8, 16, 32 -> `levels` maps of `channels`, finest first."""
+        """Backbone maps -> `levels` maps of `channels`, finest first."""
         maps = [lateral(feat) for lateral, feat in zip(self.laterals, feats, strict=True)]
         for level in reversed(range(len(maps) - 1)):
             maps[level] = maps[level] + _up(maps[level + 1], maps[level])
@@ -126,17 +159,19 @@ class FeaturePyramid(Neck):
 
 
 class PathAggregation(Neck):
-    """PAN (Liu 2018): an FPN's top-down pass, then a bottom-up one; by separable 5x5 convolutions, so it is light."""
+    """PAN (Liu 2018): an FPN's top-down pass, then a bottom-up one; by separable 5x5 convolutions or by CSP blocks."""
 
     def __init__(self, settings: PAN, below: FeatureMaps) -> None:
         super().__init__()
         width, given = settings.channels, len(below.channels)
+        block: Callable[[int, int], nn.Module] = CSP if settings.block == "csp" else separable
+        shrink = partial(conv, kernel=3, stride=2) if settings.block == "csp" else partial(separable, stride=2)
         self.laterals = nn.ModuleList(conv(cin, width) for cin in below.channels)
-        self.coarser = nn.ModuleList(separable(width, width, stride=2) for _ in range(settings.levels - given))
+        self.coarser = nn.ModuleList(shrink(width, width) for _ in range(settings.levels - given))
         steps = settings.levels - 1
-        self.top_down = nn.ModuleList(separable(2 * width, width) for _ in range(steps))
-        self.down = nn.ModuleList(separable(width, width, stride=2) for _ in range(steps))
-        self.bottom_up = nn.ModuleList(separable(2 * width, width) for _ in range(steps))
+        self.top_down = nn.ModuleList(block(2 * width, width) for _ in range(steps))
+        self.down = nn.ModuleList(shrink(width, width) for _ in range(steps))
+        self.bottom_up = nn.ModuleList(block(2 * width, width) for _ in range(steps))
         self.channels, self.strides = _pyramid(settings, below)
 
     def forward(self, feats: Feats) -> Feats:
@@ -152,13 +187,27 @@ class PathAggregation(Neck):
         return tuple(maps)
 
 
+class Plain(Neck):
+    """The backbone's maps as they are."""
+
+    def __init__(self, below: FeatureMaps) -> None:
+        super().__init__()
+        self.channels, self.strides = below.channels, below.strides
+
+    def forward(self, feats: Feats) -> Feats:
+        """Maps -> the same."""
+        return feats
+
+
 def _pyramid(settings: FPN | PAN, below: FeatureMaps) -> tuple[tuple[int, ...], tuple[int, ...]]:
     strides: Sequence[int] = below.strides
+    if settings.levels < len(strides):
+        raise UserError(f"model.neck.levels={settings.levels}: the backbone alone has {len(strides)}")
     more = [strides[-1] * 2**i for i in range(1, settings.levels - len(strides) + 1)]
     return (settings.channels,) * settings.levels, (*strides, *more)
 
 
-def build(settings: SSDExtras | PAN | FPN, below: FeatureMaps) -> Neck:
+def build(settings: config.Neck, below: FeatureMaps) -> Neck:
     """The neck for a backbone that gives the maps of `below`."""
     match settings:
         case SSDExtras():
@@ -167,3 +216,5 @@ def build(settings: SSDExtras | PAN | FPN, below: FeatureMaps) -> Neck:
             return PathAggregation(settings, below)
         case FPN():
             return FeaturePyramid(settings, below)
+        case NoNeck():
+            return Plain(below)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torchvision.ops import nms
 
 from detkit.config import Select
 from detkit.nn.contract import Decoded
+
+THINNEST = 1e-2  # pixels of a side: the overlap of thinner boxes is noise
 
 
 @torch.library.custom_op("detkit::suppress", mutates_args=())
@@ -56,14 +59,9 @@ def _apart(boxes_Bk4: Tensor, labels_Bk: Tensor, classes: int, hw: tuple[int, in
     return boxes_Bk4 + torch.stack((x, y, x, y), dim=2)
 
 
-def select(decoded: Decoded, rule: Select, hw: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The detections of each image, best first.
-
-    decoded: boxes [B, A, D, 4] in pixels of the input canvas of height and width `hw`, scores [B, A, C] in [0, 1].
-    Returns boxes float32 [B, K, 4] (clipped to the canvas), scores float32 [B, K], labels int64 [B, K];
-    K = min(rule.keep, rule.candidates, A * C). Where the score is 0 there is no detection: box and label are 0.
-    Scores must be above rule.score; a box with no area on the canvas goes.
-    """
+def _survivors(decoded: Decoded, rule: Select, hw: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the best (candidate, class) pairs of each image, k in all: boxes [B, k, 4], scores with 0 for what goes
+    [B, k], labels [B, k]."""
     scores_BAC = decoded.scores.float()
     classes = scores_BAC.shape[2]
     scores, rows, labels = _best_pairs(scores_BAC, rule.candidates)
@@ -72,11 +70,33 @@ def select(decoded: Decoded, rule: Select, hw: tuple[int, int]) -> tuple[Tensor,
     boxes = decoded.boxes.flatten(1, 2).gather(1, places[..., None].expand(-1, -1, 4)).float()
     x1, y1, x2, y2 = boxes.unbind(2)
     boxes = torch.stack((x1.clamp(0, hw[1]), y1.clamp(0, hw[0]), x2.clamp(0, hw[1]), y2.clamp(0, hw[0])), dim=2)
-    scores = scores * (boxes[..., 2:] > boxes[..., :2]).all(2)
-    rivals = boxes if rule.agnostic else _apart(boxes, labels, classes, hw)
-    scores = suppress(rivals, scores, rule.iou, rule.score, rule.keep)
+    scores = scores * (boxes[..., 2:] - boxes[..., :2] >= THINNEST).all(2)
+    if rule.nms == "none":
+        return boxes, torch.where(scores > rule.score, scores, 0), labels
+    rivals = boxes if rule.agnostic or classes == 1 else _apart(boxes, labels, classes, hw)
+    return boxes, suppress(rivals, scores, rule.iou, rule.score, rule.keep), labels
+
+
+def select(
+    decoded: Decoded, rule: Select, hw: tuple[int, int], levels: Sequence[int] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The detections of each image, best first.
+
+    decoded: boxes [B, A, D, 4] in pixels of the input canvas of height and width `hw`, scores [B, A, C] in [0, 1].
+    levels: numbers of candidates, A in all: each of these groups then has a top-k and an NMS of its own (RPN).
+    Returns boxes float32 [B, K, 4] (clipped to the canvas), scores float32 [B, K], labels int64 [B, K];
+    K = min(rule.room, rule.candidates of each level, A * C). Where the score is 0 there is no detection: box and label
+    are 0. Scores must be above rule.score; a box with no area on the canvas goes, and so does one with hardly any.
+    """
+    if levels:
+        sizes = list(levels)
+        parts = zip(torch.split(decoded.boxes, sizes, 1), torch.split(decoded.scores, sizes, 1), strict=True)
+        each = [_survivors(Decoded(*part), rule, hw) for part in parts]
+        boxes, scores, labels = (torch.cat(tensors, 1) for tensors in zip(*each, strict=True))
+    else:
+        boxes, scores, labels = _survivors(decoded, rule, hw)
     scores, order = scores.sort(dim=1, descending=True, stable=True)
-    scores, order = scores[:, : rule.keep], order[:, : rule.keep]
+    scores, order = scores[:, : rule.room], order[:, : rule.room]
     nothing = scores == 0
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4)).masked_fill(nothing[..., None], 0)
     return boxes, scores, labels.gather(1, order).masked_fill(nothing, 0)

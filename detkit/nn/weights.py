@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.models import WeightsEnum, get_model_weights, get_weight
-from torchvision.models.detection import SSD300_VGG16_Weights
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from detkit import config
 from detkit.errors import UserError, nearest
+from detkit.nn.backbones.base import Backbone
+from detkit.nn.backbones.timm import Timm
 from detkit.nn.detector import Detector
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -32,6 +35,30 @@ REFERENCE = {
     "head.classification_head.module_list.": "head.scores.",
     "head.regression_head.module_list.": "head.offsets.",
 }
+
+
+# torchvision's fasterrcnn_resnet50_fpn and its _v2 -> our detector with ResNet50, FPN and the head of Faster R-CNN.
+REFERENCE_RCNN = {
+    "backbone.body.": "backbone.",
+    "backbone.fpn.inner_blocks.": "neck.laterals.",
+    "backbone.fpn.layer_blocks.": "neck.smooth.",
+    "rpn.head.conv.": "head.rpn.convs.",
+    "rpn.head.cls_logits.": "head.rpn.scores.",
+    "rpn.head.bbox_pred.": "head.rpn.offsets.",
+    "roi_heads.box_head.fc6.": "head.box.fc1.",
+    "roi_heads.box_head.fc7.": "head.box.fc2.",
+    **{f"roi_heads.box_head.{i}.": f"head.box.conv{i + 1}." for i in range(4)},
+    "roi_heads.box_head.5.": "head.box.fc1.",
+    "roi_heads.box_predictor.cls_score.": "head.scores.",
+    "roi_heads.box_predictor.bbox_pred.": "head.offsets.",
+}
+# Before version 0.13 these convolutions were no sequences.
+OLD_RCNN = re.compile(r"^(rpn\.head\.conv|backbone\.fpn\.(?:inner|layer)_blocks\.\d)\.(weight|bias)$")
+# VGG's classifier, which Faster R-CNN's own paper keeps as its fully connected layers.
+VGG_CLASSIFIER = {"classifier.0.": "head.box.fc1.", "classifier.3.": "head.box.fc2."}
+# Trained when torchvision's FrozenBatchNorm2d added no epsilon to the variance; torchvision takes it off when loading.
+WITHOUT_EPSILON = FasterRCNN_ResNet50_FPN_Weights.COCO_V1
+EPSILON = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +100,20 @@ def load(detector: Detector, model: config.Model) -> Report | None:
         return None
     if model.weights.endswith(SUFFIXES):
         source, state = model.weights, _read(Path(model.weights))
+    elif isinstance(detector.backbone, Timm):
+        if model.weights != "imagenet":
+            raise UserError(
+                f"model.weights={model.weights}: with a backbone of timm it is none, imagenet (what timm has for it) "
+                f"or a file ({', '.join(SUFFIXES)})"
+            )
+        source, state = f"timm's {detector.backbone.name}", detector.backbone.download()
     else:
-        wanted = _hub(model.weights, model.backbone.name)
+        wanted = _hub(model.weights, model.backbone.name, detector.head.reference)
         source, state = str(wanted), _download(wanted)
-    given = _renamed(state)
+    if source == str(WITHOUT_EPSILON) or Path(source).name == Path(WITHOUT_EPSILON.url).name:
+        state = {key: value.float() - EPSILON if key.endswith("running_var") else value for key, value in state.items()}
     own = {name: tensor for name, tensor in detector.state_dict().items() if not name.endswith("num_batches_tracked")}
+    given = _renamed(state, own, detector.backbone)
     missing = tuple(name for name in own if name not in given)
     mismatched = tuple(name for name in own if name in given and given[name].shape != own[name].shape)
     bad = [name for name in (*missing, *mismatched) if name.startswith("backbone.")]
@@ -88,25 +124,40 @@ def load(detector: Detector, model: config.Model) -> Report | None:
         )
     fitting = {name: given[name] for name in own if name not in missing and name not in mismatched}
     detector.load_state_dict(fitting, strict=False)
-    unexpected = tuple(name for name in given if name not in detector.state_dict())
+    known = detector.state_dict().keys()
+    unexpected = tuple(name for name in given if name not in known)
     return Report(source, len(fitting), missing, mismatched, unexpected)
 
 
-def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict by our names: of the reference detector, of a detector of ours, or of a classification network
-    (whose classifier nobody here asks for)."""
+def _renamed(state: dict[str, Tensor], own: dict[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
+    """The state dict by our names: of a reference detector, of a detector of ours, or of a classification network
+    (whose classifier nobody here asks for, but Faster R-CNN on VGG). own: the detector's tensors."""
     if "backbone.scale_weight" in state:
-        return {_reference_name(name): tensor for name, tensor in state.items()}
+        return {_ours(name, REFERENCE): tensor for name, tensor in state.items()}
+    if "rpn.head.cls_logits.weight" in state:
+        now = {OLD_RCNN.sub(_sequence, name): tensor for name, tensor in state.items()}
+        return {_ours(name, REFERENCE_RCNN): tensor for name, tensor in now.items()}
     if any(name.startswith("backbone.") for name in state):
         return state
-    return {f"backbone.{name}": tensor for name, tensor in state.items()}
+    fitting = {
+        theirs: ours
+        for theirs, ours in VGG_CLASSIFIER.items()
+        if (name := f"{theirs}weight") in state
+        and (mine := own.get(f"{ours}weight")) is not None
+        and state[name].shape == mine.shape
+    }
+    return {_ours(name, fitting, "backbone."): tensor for name, tensor in backbone.own_names(state).items()}
 
 
-def _reference_name(name: str) -> str:
-    for theirs, ours in REFERENCE.items():
+def _sequence(old: re.Match[str]) -> str:
+    return f"{old[1]}.0.{'0.' if 'rpn' in old[1] else ''}{old[2]}"
+
+
+def _ours(name: str, names: dict[str, str], otherwise: str = "") -> str:
+    for theirs, ours in names.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
-    return name
+    return otherwise + name
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -130,13 +181,18 @@ def _read(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _hub(spec: str, backbone: str) -> WeightsEnum:
-    """The torchvision weights that a setting means."""
-    own = get_model_weights(backbone)
+def _hub(spec: str, backbone: str, reference: str | None) -> WeightsEnum:
+    """The torchvision weights that a setting means, for a detector with that backbone and a head made like that."""
+    try:
+        own = get_model_weights(backbone)
+    except ValueError:
+        raise UserError(f"model.weights={spec}: nobody publishes weights of {backbone}: set none, or a file") from None
     if spec == "imagenet":
         return own.DEFAULT
     if spec == "torchvision":
-        return SSD300_VGG16_Weights.COCO_V1
+        if reference is None:
+            raise UserError("model.weights=torchvision: torchvision has no detector with this head; set it to imagenet")
+        return get_weight(reference)
     try:
         return get_weight(spec)
     except (ValueError, KeyError, AttributeError):

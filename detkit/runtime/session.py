@@ -19,6 +19,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _state
 from detkit import geometry, imaging
 from detkit.errors import UserError
 from detkit.manifest import KEY, Manifest
+from detkit.runtime import merge
 from detkit.types import Detections
 
 INPUT = "images"
@@ -65,11 +66,14 @@ def detections(
     return Detections(inside[order], scores[order].astype(np.float32), labels[order].astype(np.int64), plan.source)
 
 
-def detect_with(run: Run, manifest: Manifest, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+def detect_with(
+    run: Run, manifest: Manifest, images: Sequence[NDArray[np.uint8]], nms: merge.Kind = "hard"
+) -> list[Detections]:
     """Detections of each image, in its own pixels, as one batch through `run`.
 
     run: from uint8 [B, 3, H, W] on the canvas to boxes, scores and labels (see `Raw`). images: uint8 [h, w, 3] RGB,
-    each of any size. Raises ValueError on anything else.
+    each of any size. Raises ValueError on anything else. nms: what becomes of candidates that overlap, where the
+    network leaves that open.
     """
     if not images:
         return []
@@ -81,23 +85,26 @@ def detect_with(run: Run, manifest: Manifest, images: Sequence[NDArray[np.uint8]
     for slot, image, plan in zip(batch_B3HW, images, plans, strict=True):
         slot[:] = imaging.to_canvas(image, plan, manifest.fill).transpose(2, 0, 1)
     outputs = run(batch_B3HW)
-    return [detections(plan, *rows) for plan, *rows in zip(plans, *outputs, strict=True)]
+    found = [detections(plan, *rows) for plan, *rows in zip(plans, *outputs, strict=True)]
+    return [merge.merge(one, nms, manifest.nms) for one in found]
 
 
 class Session:
     """A detector exported by ``detkit export``. Several threads may use one Session at a time.
 
     path: the ONNX file. device: 'cpu', 'cuda', or 'auto': CUDA if it really loads, else the CPU. threads: those of
-    one call on the CPU; 0: one a core. Raises UserError, one line, where the file is missing, damaged or not
-    detkit's, and where 'cuda' can't be had.
+    one call on the CPU; 0: one a core. nms: what becomes of boxes that overlap (see runtime.merge); another than 'hard'
+    needs a file exported with ``--nms none``. Raises UserError, one line, where the file is missing, damaged or not
+    detkit's, and where 'cuda' or that `nms` can't be had.
     """
 
-    def __init__(self, path: str | Path, device: str = "auto", threads: int = 0) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, device: str = "auto", threads: int = 0, nms: merge.Kind = "hard") -> None:
+        self.path, self.nms = Path(path), nms
         if device not in ("auto", "cpu", "cuda"):
             raise UserError(f"device '{device}': ONNX files run on auto, cpu or cuda")
         self._session = _open(self.path, device, threads)
         self.manifest = _manifest(self._session, self.path)
+        merge.check(nms, self.manifest.nms, self.path)
         if device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
             raise UserError("device 'cuda': CUDA can't be loaded; run  pip install 'detkit[gpu]'  or use --device cpu")
 
@@ -121,7 +128,7 @@ class Session:
 
         images: uint8 [h, w, 3] RGB, each of any size. Raises ValueError on anything else.
         """
-        return detect_with(self.run, self.manifest, images)
+        return detect_with(self.run, self.manifest, images, self.nms)
 
 
 def _open(path: Path, device: str, threads: int) -> Any:

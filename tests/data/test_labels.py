@@ -1,8 +1,10 @@
+from itertools import chain
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detkit.data.labels import Annotation, Columns, Labels, from_annotations
+from detkit.data.labels import Annotation, Columns, DataSet, Labels, from_annotations
 
 OBJECT = st.tuples(st.sampled_from(["can", "box", "jar"]), st.lists(st.floats(-9, 99), min_size=4, max_size=4))
 PHOTO = st.none() | st.lists(OBJECT, max_size=4)
@@ -64,3 +66,25 @@ def test_remarks_move_with_their_photo() -> None:
     assert [(remark.photo, remark.what) for remark in taken.remarks] == [(0, "c"), (2, "a")]
     joined = taken.joined(columns.labels())
     assert [(remark.photo, remark.what) for remark in joined.remarks][2:] == [(3, "a"), (4, "b"), (5, "c")]
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=6), st.data())
+def test_taken_photos_are_those_of_before(photos: list[list[int]], data: st.DataObject) -> None:
+    names = [f"{'ü' * index}{index}.jpg" for index in range(len(photos))]
+    labels = np.array(list(chain(*photos)), np.int32)
+    corners = np.arange(2 * len(labels), dtype=np.float64).reshape(-1, 2)
+    whole = DataSet(
+        root="root", classes=tuple("abcdefghij"), findings=(),
+        paths=np.frombuffer("".join(names).encode(), np.uint8), path_ends=np.cumsum([len(n.encode()) for n in names]),
+        hw=np.arange(90, 90 + 2 * len(photos), dtype=np.int32).reshape(-1, 2), boxes=np.hstack([corners, corners + 1]),
+        labels=labels, flags=(labels % 3).astype(np.uint8), box_ends=np.cumsum([len(photo) for photo in photos]),
+    )  # fmt: skip
+    rows = data.draw(st.lists(st.sampled_from(range(len(photos))), unique=True))
+    part = whole.take(np.array(rows, np.int64))
+    assert len(part) == len(rows)
+    assert part.classes == whole.classes
+    for index, row in enumerate(rows):
+        one, other = part[index], whole[row]
+        assert (one.path, one.hw) == (other.path, other.hw)
+        for name in ("boxes", "labels", "flags"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, nms
 
 from detkit import export
 from detkit.config import Select
@@ -39,7 +39,13 @@ def expected(decoded: Decoded, rule: Select, image: int) -> tuple[Tensor, Tensor
     order = scores.sort(descending=True, stable=True).indices[: rule.candidates].sort().values
     area = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     order = order[(scores[order] > rule.score) & area[order]]
-    order = order[batched_nms(boxes[order], scores[order], labels[order], rule.iou)[: rule.keep]]
+    if rule.nms == "hard":
+        given = boxes[order], scores[order]
+        kept = nms(*given, rule.iou) if rule.agnostic else batched_nms(*given, labels[order], rule.iou)
+        order = order[kept.sort().values]  # of many boxes, batched_nms gives equal scores in no certain order
+    order = order[scores[order].sort(descending=True, stable=True).indices]
+    if rule.nms == "hard":
+        order = order[: rule.keep]
     return boxes[order], scores[order], labels[order]
 
 
@@ -47,7 +53,7 @@ def agree(decoded: Decoded, rule: Select) -> None:
     boxes, scores, labels = select(decoded, rule, HW)
     assert (boxes.dtype, scores.dtype, labels.dtype) == (torch.float32, torch.float32, torch.int64)
     A, C = decoded.scores.shape[1:]
-    K = min(rule.keep, rule.candidates, A * C)
+    K = min(rule.candidates if rule.nms == "none" else rule.keep, rule.candidates, A * C)
     assert boxes.shape[1:] == (K, 4)
     assert scores.shape == labels.shape == boxes.shape[:2]
     for image in range(len(scores)):
@@ -81,11 +87,28 @@ def test_same_set_as_batched_nms(B: int, D: int) -> None:
     score=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
     iou=st.floats(0.0, 1.0, width=16),
     keep=st.integers(1, 60),
+    agnostic=st.booleans(),
+    kind=st.sampled_from(["hard", "hard", "none"]),
 )
 def test_same_set_as_batched_nms_with_ties(
-    B: int, A: int, C: int, specific: bool, seed: int, levels: int, score: float, iou: float, keep: int
-) -> None:
-    agree(candidates(B, A, C, C if specific else 1, seed, levels), Select(score=score, iou=iou, keep=keep))
+    B: int, A: int, C: int, specific: bool, seed: int, levels: int, score: float, iou: float, keep: int,
+    agnostic: bool, kind: str,
+) -> None:  # fmt: skip
+    rule = Select(nms=kind, score=score, iou=iou, keep=keep, agnostic=agnostic)
+    agree(candidates(B, A, C, C if specific else 1, seed, levels), rule)
+
+
+@pytest.mark.parametrize("agnostic", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_same_set_as_batched_nms_where_shelves_are_full(seed: int, agnostic: bool) -> None:
+    """Hundreds of boxes on few places, few scores: long chains in which one tie decides the next."""
+    rng = torch.Generator().manual_seed(seed)
+    place, shift, size = (
+        torch.randint(low, high, (2, 400, 1, 2), generator=rng) for low, high in ((0, 12), (0, 6), (20, 40))
+    )
+    scores = torch.randint(0, 9, (2, 400, 3), generator=rng) / 8
+    boxes = torch.cat([16 * place + shift, 16 * place + shift + size], -1).float()
+    agree(Decoded(boxes, scores), Select(score=0.1, iou=seed % 8 / 8, agnostic=agnostic, candidates=2000, keep=2000))
 
 
 def test_many_classes_stay_apart() -> None:
@@ -137,7 +160,10 @@ class Selecting(nn.Module):
         return select(Decoded(boxes, scores), self.rule, HW)
 
 
-@pytest.mark.parametrize(("A", "D", "rule"), [(300, 1, Select(candidates=700)), (40, 5, Select(score=0.0, keep=1000))])
+@pytest.mark.parametrize(("A", "D", "rule"), [
+    (300, 1, Select(candidates=700)), (40, 5, Select(score=0.0, keep=1000)), (300, 1, Select(agnostic=True)),
+    (40, 5, Select(nms="none", candidates=150)),
+])  # fmt: skip
 def test_onnx_gives_the_same_at_any_batch_size(A: int, D: int, rule: Select) -> None:
     module, example = Selecting(rule).eval(), candidates(2, A, 5, D)
     model = export.graph(module, {"at": example.boxes, "sure": example.scores})

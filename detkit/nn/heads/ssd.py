@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from detkit.config import SSD
 from detkit.nn.anchors import default_boxes, shapes
 from detkit.nn.boxes import decode
-from detkit.nn.contract import Decoded, Feats, FeatureMaps, Losses
+from detkit.nn.contract import Decoded, Feats, FeatureMaps, Head, Losses
 from detkit.nn.losses import aligned_loss, multibox_loss
 from detkit.nn.necks import separable
 from detkit.types import Targets
@@ -26,16 +26,21 @@ class Outputs(NamedTuple):
     priors: Tensor
 
 
-class SSDHead(nn.Module):
+class SSDHead(Head):
     """See the module. Predictors are named and ordered as torchvision's: [B, boxes * classes, h, w] a level."""
+
+    reference = "SSD300_VGG16_Weights.COCO_V1"
 
     def __init__(self, settings: SSD, below: FeatureMaps, classes: int, canvas: tuple[int, int]) -> None:
         super().__init__()
         self.settings, self.canvas = settings, canvas
         sides = shapes(settings.scales, settings.ratios, settings.extra_square)
         if len(sides) != len(below.channels):
-            raise ValueError(f"{len(sides)} levels of default boxes for {len(below.channels)} feature maps")
-        self.steps = settings.steps or tuple(float(stride) for stride in below.strides)
+            raise ValueError(
+                f"{len(sides)} levels of default boxes for {len(below.channels)} feature maps; "
+                "change model.head.ratios or model.neck.levels"
+            )
+        self.steps = settings.spacing(below.strides)
         self.multibox = settings.loss == "multibox"
         self.logits = classes + self.multibox
         self.tower = nn.ModuleList(
