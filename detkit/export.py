@@ -55,9 +55,10 @@ def _pyramid_align(feats: Any, boxes: Any, levels: Any, strides: Any, size: int,
     image = op.Reshape(op.Expand(op.Unsqueeze(images, [1]), op.Slice(shape, [0], [2])), [-1])
     boxes, levels = op.Reshape(boxes, [-1, 4]), op.Reshape(levels, [-1])
     cells = op.Slice(op.Shape(feats[0]), [1], [2])
-    found = op.ConstantOfShape(op.Concat(op.Shape(levels), cells, [size, size], axis=0))
+    side = op.Constant(value_ints=[size])
+    found = op.ConstantOfShape(op.Concat(op.Shape(levels), cells, side, side, axis=0))
     for level, (feat, stride) in enumerate(zip(feats, strides, strict=True)):
-        places = op.Reshape(op.NonZero(op.Equal(levels, level)), [-1])
+        places = op.Reshape(op.NonZero(op.Equal(levels, op.Constant(value_int=level))), [-1])
         aligned = op.RoiAlign(
             feat, op.Gather(boxes, places), op.Gather(image, places), output_height=size, output_width=size,
             sampling_ratio=samples, spatial_scale=1 / stride, coordinate_transformation_mode="output_half_pixel",

@@ -158,19 +158,6 @@ def test_a_loss_that_is_not_finite_stops_with_the_photos_names(tmp_path, console
         train.start(settings(tmp_path, "train.optimizer.lr=1e18", "train.clip_norm=0", "train.epochs=9"), console)
 
 
-@pytest.mark.parametrize("name", ["ssd_mobilenet", "ssd_vgg", "ssd_resnet"])
-def test_every_config_trains(tmp_path, console, name):
-    sizes = {"ssd_vgg": "[300, 300]"}
-    more = ["train.schedule.warmup_steps=0", "model.weights=none", f"input.size={sizes.get(name, '[96, 96]')}"]
-    tiny = [item for item in TINY if not item.startswith(("model.", "input.", "train.batch", "train.epochs"))]
-    few = ["train.batch_size=2", "train.epochs=1", "train.eval_every=1"]
-    cfg = config.load(f"{name}.yaml", [*tiny, *few, *more, f"runs={tmp_path}", f"data.cache={tmp_path / 'cache'}"])
-    one = train.Run(cfg, console)
-    batch = next(one.loader.epoch(0))
-    losses = [sum(one.train_step(batch).values()) for _ in range(3)]
-    assert losses[-1] < losses[0]
-
-
 def test_what_the_head_has_to_say_of_the_photos_is_said(tmp_path):
     """Here: how many objects share a cell of the grid of the first YOLO."""
     tiny = [item for item in TINY if "width" not in item and "neck" not in item]

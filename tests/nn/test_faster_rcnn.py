@@ -32,6 +32,7 @@ from detkit.nn.heads.faster_rcnn import FasterRCNNHead, Outputs, chances, draw
 from detkit.nn.matching import match_regions, owners
 from detkit.nn.roi import levels_of, pyramid_align
 from detkit.types import Batch, Targets
+from tests.nn.ground import Truth, targets, truth
 
 CLASSES = 5
 SIDE = 256
@@ -39,7 +40,6 @@ V2 = ["model.head.rpn_convs=2", "model.head.convs=4", "model.head.fcs=1", "model
 # Fewer than its own 1000 and 512, for both.
 REGIONS, SAMPLES = 200, 64
 RULE = config.Select(score=0.05, iou=0.5, candidates=100_000, keep=100)
-Truth = list[dict[str, Tensor]]
 HW = (96, 128)
 
 
@@ -122,27 +122,6 @@ def norms(module: nn.Module) -> list[nn.BatchNorm2d]:
     return [layer for layer in module.modules() if isinstance(layer, (nn.BatchNorm2d, FrozenBatchNorm2d))]
 
 
-def truth(seed: int, counts: tuple[int, ...]) -> Truth:
-    rng = torch.Generator().manual_seed(seed)
-    images = []
-    for count in counts:
-        size = 2 + torch.rand(count, 2, generator=rng).square() * (SIDE - 3)
-        corner = torch.rand(count, 2, generator=rng) * (SIDE - size)
-        labels = torch.randint(1, 1 + CLASSES, (count,), generator=rng)
-        images.append({"boxes": torch.cat([corner, corner + size], 1), "labels": labels})
-    return images
-
-
-def targets(images: Truth) -> Targets:
-    """Theirs, padded, with the background out of the labels."""
-    longest = max(1, *(len(image["labels"]) for image in images))
-    boxes, labels = torch.zeros(len(images), longest, 4), torch.full((len(images), longest), -1)
-    for i, image in enumerate(images):
-        boxes[i, : len(image["labels"])] = image["boxes"]
-        labels[i, : len(image["labels"])] = image["labels"] - 1
-    return Targets(boxes, labels, torch.zeros_like(labels, dtype=torch.bool))
-
-
 # Against torchvision
 
 
@@ -205,7 +184,7 @@ def test_detections(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_four_losses_of_the_same_samples(
     pair: Pair, counts: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = truth(sum(counts), counts)
+    images = truth(sum(counts), counts, SIDE, CLASSES)
     padded = targets(images)
     monkeypatch.setattr(pair.ours, "normalise", lambda _: pair.batch.tensors)
     outputs = pair.ours(pair.images, padded, torch.arange(2))
@@ -429,7 +408,7 @@ def test_regions_are_matched_as_defined(
 
 
 def test_matching_in_parts_is_matching_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    where = targets(truth(1, (60, 3)))
+    where = targets(truth(1, (60, 3), SIDE, CLASSES))
     anchors = edge_boxes(500, 0, SIDE)[None]
     whole = match_regions(anchors, where, 0.3, 0.7, best_too=True)
     monkeypatch.setitem(matching._PAIRS, "cpu", 2000)
@@ -675,6 +654,10 @@ def test_onnx_finds_the_same_at_any_batch_size(name: str) -> None:
     sharpen(detector)
     predictor = Predictor(detector, config.Select(score=0.1, keep=100))
     model = export.graph(predictor, {"images": torch.zeros(2, 3, *HW, dtype=torch.uint8)})
+    kinds = {node.op_type for node in model.graph.node}
+    # The runtime's own operators; torch's sum over a region's cells would become a loop over regions.
+    assert "Loop" not in kinds
+    assert kinds & {"RoiAlign", "MaxRoiPool"}
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     for count in (1, 3, 8):
         images = soft(count, HW)

@@ -15,11 +15,10 @@ from detkit import config
 from detkit.nn import backbones, heads, necks, weights
 from detkit.nn.detector import Detector
 from detkit.nn.heads.ssd import Outputs
-from detkit.types import Targets
+from tests.nn.ground import targets, truth
 
 CLASSES = 90
 HW = (64, 96)
-Truth = list[dict[str, Tensor]]
 
 
 class Pair(NamedTuple):
@@ -60,27 +59,6 @@ def pair() -> Pair:
         return Pair(theirs, ours, images, reference, theirs.anchor_generator(batch, features), ours(images))
 
 
-def truth(seed: int, counts: tuple[int, ...]) -> Truth:
-    rng = torch.Generator().manual_seed(seed)
-    images = []
-    for count in counts:
-        size = 2 + torch.rand(count, 2, generator=rng).square() * 297
-        corner = torch.rand(count, 2, generator=rng) * (300 - size)
-        labels = torch.randint(1, 1 + CLASSES, (count,), generator=rng)
-        images.append({"boxes": torch.cat([corner, corner + size], 1), "labels": labels})
-    return images
-
-
-def targets(images: Truth) -> Targets:
-    """Theirs, padded, with the background out of the labels."""
-    longest = max(1, *(len(image["labels"]) for image in images))
-    boxes, labels = torch.zeros(len(images), longest, 4), torch.full((len(images), longest), -1)
-    for i, image in enumerate(images):
-        boxes[i, : len(image["labels"])] = image["boxes"]
-        labels[i, : len(image["labels"])] = image["labels"] - 1
-    return Targets(boxes, labels, torch.zeros_like(labels, dtype=torch.bool))
-
-
 def test_raw_outputs_and_priors(pair: Pair) -> None:
     logits, offsets = pair.reference["cls_logits"], pair.reference["bbox_regression"]
     assert logits.std() > 0.1  # there is something to compare
@@ -107,7 +85,7 @@ def test_decoded_boxes_and_scores(pair: Pair) -> None:
 
 @pytest.mark.parametrize("counts", [(3, 1), (0, 5), (60, 0), (0, 0), (1, 200)])
 def test_loss_and_its_gradients(pair: Pair, counts: tuple[int, int]) -> None:
-    images = truth(sum(counts), counts)
+    images = truth(sum(counts), counts, 300, CLASSES)
     reference = {name: value.clone().requires_grad_() for name, value in pair.reference.items()}
     matched = [
         pair.theirs.proposal_matcher(box_iou(image["boxes"], anchors))
@@ -134,7 +112,7 @@ def test_loss_and_its_gradients(pair: Pair, counts: tuple[int, int]) -> None:
 
 def test_the_training_loss_from_image_to_number(pair: Pair) -> None:
     """Through their public door: transform, network, matching and loss in one."""
-    images = truth(9, (4, 0))
+    images = truth(9, (4, 0), 300, CLASSES)
     with torch.no_grad():
         wanted = pair.theirs.train()(list(pair.images.float() / 255), images)
         pair.theirs.eval()

@@ -307,7 +307,8 @@ def photo(split: str, name: str) -> str:
 
 def write(plan: Plan) -> None:
     """labels/<split>/<name>.txt for each photo that is annotated, and data.yaml."""
-    document: dict[str, Any] = {"path": "."}
+    # Without `path`, folders are relative to the file itself; with a relative one, to wherever Ultralytics is run.
+    document: dict[str, Any] = {}
     for split, items in plan.splits.items():
         document[split or "train"] = f"images/{split or 'train'}"
         (plan.out / f"images/{split or 'train'}").mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from yaml import safe_load
 
 from detkit.data import convert
 from tests.data.convert.sets import by_name, kinds, put, refusal, rows
@@ -135,6 +136,14 @@ def test_few_digits_are_written_where_they_are_enough(tmp_path: Path) -> None:
     root = make_yolo(tmp_path / "in", label="1 0.5 0.25 0.125 0.0625\n0 0.123456 0.654321 0.111112 0.222222\n")
     convert.convert(root, tmp_path / "out", "yolo", split=["train"])
     assert (tmp_path / "out/labels/train/a.txt").read_bytes() == (root / "labels/train/a.txt").read_bytes()
+
+
+def test_the_folders_written_are_relative_to_the_file(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path / "in")
+    convert.convert(root, tmp_path / "out", "yolo", split=["train"])
+    document = safe_load((tmp_path / "out" / "data.yaml").read_text(encoding="utf-8"))
+    assert "path" not in document  # Ultralytics would look from its working folder
+    assert (tmp_path / "out" / document["train"]).is_dir()
 
 
 def test_photos_in_another_folder(tmp_path: Path) -> None:
