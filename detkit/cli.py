@@ -136,9 +136,10 @@ def train(
         settings = config.overfit(settings, overfit) if overfit else settings
     else:
         raise UserError("name a config, such as  --config ssd_mobilenet.yaml")
-    if (nproc > 1 or max_restarts) and "RANK" not in os.environ:  # else torchrun has started this
-        from detkit import distributed
+    from detkit import distributed
 
+    if (nproc > 1 or max_restarts or distributed.several_machines()) and "RANK" not in os.environ:
+        # Else torchrun has started this.
         os.environ[ENDS] = str(ends)
         distributed.launch(context.obj, nproc, max_restarts)
     from detkit import train as job

@@ -65,6 +65,11 @@ def group(device: torch.device, timeout: float) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def local_ranks() -> int:
+    """How many processes of the job are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks() > 1 else 1
+
+
 def connected() -> bool:
     """Whether this is one of several connected processes."""
     return dist.is_available() and dist.is_initialized()
@@ -213,8 +218,7 @@ def wrap(model: nn.Module) -> nn.Module:
 
 def workers(wanted: int) -> int:
     """Loader processes of this process: so many, but no more than its share of the machine's cores."""
-    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(wanted, max(1, share))
+    return min(wanted, max(1, (os.cpu_count() or 1) // local_ranks()))
 
 
 def scaled(settings: config.Config) -> config.Config:
@@ -224,35 +228,47 @@ def scaled(settings: config.Config) -> config.Config:
         return settings
     factor = count if cfg.scaling == "linear" else count**0.5
     optimizer = cfg.optimizer.model_copy(update={"lr": cfg.optimizer.lr * factor})
-    changes = {"batch_size": cfg.batch_size * count, "optimizer": optimizer, "scaling": "none"}
+    changes = {"batch_size": cfg.images * count, "optimizer": optimizer, "scaling": "none"}
     return settings.model_copy(update={"train": cfg.model_copy(update=changes)})
+
+
+def several_machines() -> bool:
+    """Whether torchrun's variables speak of the job's machines."""
+    return "PET_NNODES" in os.environ
 
 
 def launch(words: list[str], processes: int, restarts: int) -> NoReturn:
     """Run ``detkit WORDS`` in so many processes on this machine under torchrun, which starts all of them anew after a
-    failure, `restarts` times at most; end with the exit code of the first that failed."""
+    failure, `restarts` times at most; end with the exit code of the first that failed. Other machines of the job are
+    named by torchrun's own variables (PET_NNODES, PET_RDZV_ENDPOINT, ...), as Kubeflow sets them."""
     import logging
     import sys
 
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what there is to say is said here
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "-m", "detkit"]
+    options = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "-m", "detkit"]
+    if not several_machines():
+        options.insert(0, "--standalone")
     try:
         arguments = run.parse_args(options)  # type: ignore[no-untyped-call]
         arguments.training_script_args = words  # not parsed: some look like torchrun's own
         run.run(arguments)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        number, failure = error.get_first_failure()
+        _, failure = error.get_first_failure()
         if failure.exitcode > 0:
             sys.exit(failure.exitcode)  # it has said why
         name = signal.Signals(-failure.exitcode).name
         how = "go on with  detkit train --resume  (--max-restarts does so by itself)"
-        print(f"detkit: process {number} of {processes} was ended by {name}; {how}", file=sys.stderr)  # noqa: T201
+        print(f"detkit: process {failure.local_rank} of {processes} was ended by {name}; {how}", file=sys.stderr)  # noqa: T201
         sys.exit(128 - failure.exitcode)
     except SignalException as stop:
         sys.exit(128 + stop.sigval)
+    except RendezvousError as error:
+        print(f"detkit: the processes of this job don't find each other: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
     sys.exit(0)
