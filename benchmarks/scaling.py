@@ -123,7 +123,7 @@ def _settings(name: str, device: str, folder: Path, more: list[str]) -> list[str
 
 
 def _photos(folder: Path, names: list[str], device: str, photos: int, more: list[str]) -> None:
-    batch = max(config.load(name, _settings(name, device, folder, more)).train.batch_size for name in names)
+    batch = max(config.load(name, _settings(name, device, folder, more)).train.images for name in names)
     synthesise(folder / "photos", train=photos or batch * (4 if device == "cpu" else 40), val=1)
 
 

@@ -592,8 +592,7 @@ def resume(folder: Path, console: Console, changes: Sequence[str] = (), ends: fl
         if change.partition("=")[0] not in CHANGEABLE:
             raise UserError(f"--set {change}: a resumed run keeps its settings, but for {', '.join(CHANGEABLE)}")
     with _connected(config.load(folder / "config.yaml", changes)):
-        # Of several machines, one that was exchanged resumes, while the others start anew what they had started.
-        return _resume(distributed.remembered() or folder, console, changes, ends)
+        return _resume(folder, console, changes, ends)
 
 
 @contextmanager
