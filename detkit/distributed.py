@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is exported
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from detkit import config
@@ -55,7 +58,14 @@ def group(device: torch.device, timeout: float) -> Iterator[None]:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    store = _meet()
+    # A process that isn't there yet is not hung: it may have more to import, from a slower disk.
+    store.set(f"here/{rank()}", "")
+    store.wait([f"here/{each}" for each in range(ranks())], _PATIENCE)
+    with contact():
+        dist.init_process_group(
+            backend, store=store, rank=rank(), world_size=ranks(), timeout=timedelta(seconds=timeout)
+        )
     try:
         yield
     except Interrupted:
@@ -77,8 +87,6 @@ def connected() -> bool:
 
 def _store() -> Any:
     """What the processes, and those that torchrun starts in their place after a failure, can all read."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # which says so of itself
-
     return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_PATIENCE)
 
 
@@ -89,6 +97,26 @@ def _key(name: str) -> str:
 def _restartable() -> bool:
     """Whether torchrun started this process, with a store that outlives it."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _meet() -> Any:
+    """A store for these processes alone, in which nothing is left of those in whose place they were started: they would
+    take the others' addresses for each other's. Kept by the first process."""
+    if not _restartable():
+        return next(rendezvous("env://", timeout=_PATIENCE))[0]
+    place, store, key = os.environ["MASTER_ADDR"], _store(), _key("meeting")
+    if is_first():
+        own = TCPStore(place, 0, is_master=True, wait_for_workers=False, timeout=_PATIENCE)
+        store.set(key, str(own.port))
+        return own
+    while True:
+        try:
+            theirs = TCPStore(place, int(store.get(key)), is_master=False, timeout=timedelta(seconds=5))
+        except dist.DistNetworkError:  # of an earlier first process: this one's is to come
+            time.sleep(0.2)
+            continue
+        theirs.set_timeout(_PATIENCE)
+        return theirs
 
 
 def remember(folder: Path) -> None:
@@ -206,7 +234,7 @@ def contact() -> Iterator[None]:
     except RuntimeError as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         lost = isinstance(error, dist.DistBackendError) or "gloo" in reason or "Timed out" in reason
-        if not connected() or not lost:
+        if ranks() == 1 or not lost:
             raise
         raise UserError(f"another process of this job is gone or hung (train.timeout): {reason[:200]}") from error
 
