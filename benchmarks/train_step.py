@@ -39,9 +39,9 @@ from detkit.data import cache
 from detkit.data.batch import Loader
 from detkit.data.dataset import EvalSet
 from detkit.nn import weights
+from detkit.nn.contract import Losses
 from detkit.nn.detector import Detector, Predictor, Trainable
 from detkit.nn.heads import faster_rcnn, ssd
-from detkit.train import divide
 from detkit.types import Batch, Targets
 
 SHELF = Path(__file__).parent.parent / "datasets" / "shelf-mini"
@@ -49,6 +49,11 @@ CLASSES = 25
 BOXES = 100  # an image, where the loss alone is timed
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 Where = typer.Option("cpu", help="cpu or cuda")
+
+
+def divide(losses: Losses) -> dict[str, Tensor]:
+    """Each part of the loss: its sum over its denominator, which is at least 1."""
+    return {name: total / losses.denoms[name].clamp(min=1) for name, total in losses.sums.items()}
 
 
 class Reference(NamedTuple):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -50,6 +53,10 @@ UnlabelledOption = Annotated[
 ]
 
 
+# Tells the processes that this one launches, and those started in their place, when the time is up.
+ENDS = "DETKIT_ENDS"
+
+
 def _version(show: bool) -> None:
     if show:
         typer.echo(f"detkit {__version__}")
@@ -86,6 +93,7 @@ def show_config(
 
 @app.command()
 def train(
+    context: typer.Context,
     config_name: Annotated[
         str | None, typer.Option("--config", "-c", help="a path, a file in ./configs, or a shipped config")
     ] = None,
@@ -98,23 +106,75 @@ def train(
         int | None,
         typer.Option(min=1, help="learn only so many photos by heart: whether config and data can be learnt at all"),
     ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="start from this run or checkpoint, by its config unless one is named; classes may differ"),
+    ] = None,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="end after the step at which so much time has passed, with an evaluation; can be resumed"
+        ),
+    ] = None,
+    nproc: Annotated[
+        int, typer.Option(min=1, help="processes on this machine, one a GPU; under torchrun, what torchrun says")
+    ] = 1,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="times that all processes are started anew after one of them is lost")
+    ] = 0,
 ) -> None:
     """Train a detector; the run goes to runs/<name>-<n>."""
+    ends = _ends(max_minutes)
     from detkit import checkpoint, config
+
+    if resume:
+        if overfit or init:
+            raise UserError("--resume goes on with the run's own settings: leave out --overfit and --init")
+        folder = checkpoint.newest_stopped() if resume == "newest" else Path(resume)
+        settings = None
+    elif config_name or init:
+        settings = _settings(config_name, init, [*(sets or []), *(more or [])])
+        settings = config.overfit(settings, overfit) if overfit else settings
+    else:
+        raise UserError("name a config, such as  --config ssd_mobilenet.yaml")
+    from detkit import distributed
+
+    if (nproc > 1 or max_restarts or distributed.several_machines()) and "RANK" not in os.environ:
+        # Else torchrun has started this.
+        os.environ[ENDS] = str(ends)
+        distributed.launch(context.obj, nproc, max_restarts)
     from detkit import train as job
 
     console = _console()
-    if resume:
-        if sets or more or overfit:
-            raise UserError("--resume goes on with the run's own settings: leave out --set and --overfit")
-        folder = checkpoint.newest_stopped() if resume == "newest" else Path(resume)
-        run = job.resume(folder, console)
-    elif config_name:
-        settings = config.load(config_name, [*(sets or []), *(more or [])])
-        run = job.start(config.overfit(settings, overfit) if overfit else settings, console)
-    else:
-        raise UserError("name a config, such as  --config ssd_mobilenet.yaml")
+    changes = [*(sets or []), *(more or [])]
+    run = job.start(settings, console, ends) if settings else job.resume(folder, console, changes, ends)
     console.print(f"\ndone: {run}\nnext:  detkit predict PHOTO --model {run}\n       detkit export {run}")
+
+
+def _ends(minutes: float | None) -> float:
+    """When the time is up, as time.time() has it: in so many minutes, or when what launched this process says."""
+    if ENDS in os.environ:
+        return float(os.environ[ENDS])
+    return math.inf if minutes is None else time.time() + 60 * minutes
+
+
+def _settings(config_name: str | None, init: str | None, sets: Sequence[str]) -> Config:
+    """The settings of a new run. init: the run or checkpoint that it starts from, and whose config it has unless
+    another is named."""
+    from detkit import checkpoint, config
+
+    if init is None:
+        return config.load(config_name or "", sets)
+    path = checkpoint.find(init).absolute()
+    trained = checkpoint.read(path)
+    if config_name:
+        settings = config.load(config_name, sets)
+    else:
+        tree = trained.config.model_dump(mode="json")
+        config.override(tree, sets)
+        settings = config.parse(tree, str(path))
+    model = settings.model.model_copy(update={"weights": str(path)})
+    return settings.model_copy(update={"model": model})
 
 
 @app.command("eval")
@@ -504,8 +564,17 @@ def demo() -> None:
 def _console() -> Console:
     from rich.console import Console
 
+    from detkit.console import rank
+
     # Off a terminal (a log file, CI) lines are not wrapped to 80 columns.
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    return Console(width=None if sys.stdout.isatty() else 200, quiet=rank() > 0)
+
+
+def _complain(reason: Exception) -> None:
+    from detkit.console import rank
+
+    if rank() == 0:  # of several processes, which all have met it
+        print(f"detkit: {reason}", file=sys.stderr)  # noqa: T201
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -519,16 +588,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if after == len(words) or words[after].startswith("-"):
             words.insert(after, "newest")
     try:
-        app(words)
+        app(words, obj=words)
     except (UserError, ModuleNotFoundError) as error:
         known = error if isinstance(error, UserError) else missing(error)
         if debug or known is None:
             raise
-        print(f"detkit: {known}", file=sys.stderr)  # noqa: T201
+        _complain(known)
         sys.exit(2)
     except Interrupted as stop:
-        print(f"detkit: {stop}", file=sys.stderr)  # noqa: T201
+        _complain(stop)
         sys.exit(stop.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _complain(UserError(f"{error.filename or 'a file'}: can't be written ({error.strerror}): make room"))
+        sys.exit(2)

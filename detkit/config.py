@@ -17,6 +17,7 @@ from detkit.errors import UserError, nearest
 from detkit.geometry import Rule
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Triple = tuple[float, float, float]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Activation = Literal["relu", "relu6", "leaky_relu", "elu", "selu", "silu", "gelu", "hardswish", "mish"]
@@ -350,8 +351,9 @@ class Model(Settings):
     select: Select = Select()
     weights: str = Field(
         "none",
-        description="none | a .pth or .safetensors of torchvision's or timm's key names | torchvision (the reference "
-        "detector) | imagenet or a torchvision weights name such as VGG16_Weights.IMAGENET1K_V1 (downloaded)",
+        description="none | a .pth or .safetensors of torchvision's or timm's key names | a checkpoint of detkit, "
+        "whose classes may be others (--init) | torchvision (the reference detector) | imagenet or a torchvision "
+        "weights name such as VGG16_Weights.IMAGENET1K_V1 (downloaded)",
     )
     norm: Literal["bn", "group", "sync_bn", "frozen"] = Field(
         "bn",
@@ -377,33 +379,135 @@ class Model(Settings):
         return self
 
 
-class Optimizer(Settings):
-    """The optimiser."""
+class OptimizerSettings(Settings):
+    """What every optimiser can be told. Its own settings have the names of torch's arguments."""
 
-    name: Literal["sgd", "adamw", "muon"] = Field(
-        "sgd", description="with Nesterov momentum; AdamW; or Muon (Jordan 2024), fast from random weights"
-    )
+    name: str
     lr: PositiveFloat
     backbone_lr: PositiveFloat = Field(1.0, description="factor on the backbone's learning rate")
-    momentum: Share = Field(0.9, description="adamw: its beta1")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="each stage of the backbone learns at this factor of the next one's rate"
+    )
     weight_decay: float = Field(5e-4, ge=0, description="not applied to norms and biases")
 
 
-class Schedule(Settings):
-    """The learning rate over the run: a linear warm-up, then cosine or steps."""
+class SGD(OptimizerSettings):
+    """Stochastic gradient descent."""
 
-    name: Literal["cosine", "multistep"] = "cosine"
+    name: Literal["sgd"] = "sgd"
+    momentum: Decay = 0.9
+    nesterov: bool = Field(True, description="Nesterov's momentum; with momentum 0 there is none")
+
+
+class Adagrad(OptimizerSettings):
+    """AdaGrad (Duchi 2011)."""
+
+    name: Literal["adagrad"] = "adagrad"
+    lr_decay: float = Field(0.0, ge=0)
+    initial_accumulator_value: float = Field(0.0, ge=0)
+    eps: PositiveFloat = 1e-10
+
+
+class RMSprop(OptimizerSettings):
+    """RMSProp (Hinton 2012)."""
+
+    name: Literal["rmsprop"] = "rmsprop"
+    momentum: Decay = 0.0
+    alpha: Decay = Field(0.99, description="decay of the mean square")
+    eps: PositiveFloat = 1e-8
+    centered: bool = Field(False, description="by the variance instead of the mean square")
+
+
+class AdamSettings(OptimizerSettings):
+    """What Adam and AdamW have."""
+
+    momentum: Decay = Field(0.9, description="beta1")
+    betas: tuple[Decay, Decay] | None = Field(None, description="both of them; default: momentum and 0.999")
+    eps: PositiveFloat = 1e-8
+    amsgrad: bool = False
+
+
+class Adam(AdamSettings):
+    """Adam (Kingma & Ba 2015): weight decay is part of the gradient."""
+
+    name: Literal["adam"] = "adam"
+
+
+class AdamW(AdamSettings):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
+
+    name: Literal["adamw"] = "adamw"
+
+
+class Muon(OptimizerSettings):
+    """Muon (Jordan 2024), fast from random weights; what is no matrix moves as with AdamW."""
+
+    name: Literal["muon"] = "muon"
+    momentum: Decay = 0.95
+
+
+Optimizer = Annotated[SGD | Adagrad | RMSprop | Adam | AdamW | Muon, Field(discriminator="name")]
+
+# What each schedule has of its own.
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "step": ("step_size", "gamma"),
+    "multistep": ("milestones", "gamma"),
+    "cosine": ("final",),
+    "one_cycle": ("pct_start", "div_factor", "final_div_factor"),
+    "polynomial": ("power", "final"),
+    "plateau": ("gamma", "patience", "final"),
+}
+
+
+class Schedule(Settings):
+    """The learning rate over the run: a linear warm-up, times what the name says."""
+
+    name: Literal["step", "multistep", "cosine", "one_cycle", "polynomial", "plateau"] = "cosine"
     warmup_steps: int = Field(500, ge=0)
-    final: Share = Field(0.01, description="cosine: last rate as a share of the first")
+    final: Share = Field(
+        0.01, description="cosine, polynomial: last rate as a share of the first; plateau: least rate likewise"
+    )
+    step_size: float = Field(0.3, gt=0, le=1, description="step: share of the run from one fall to the next")
     milestones: tuple[Share, ...] = Field((0.67, 0.89), description="multistep: shares of the run")
-    gamma: Share = Field(0.1, description="multistep: factor at each milestone")
+    gamma: Share = Field(0.1, description="step, multistep, plateau: factor at each fall")
+    pct_start: Share = Field(0.3, description="one_cycle: share of the run in which the rate rises")
+    div_factor: PositiveFloat = Field(25.0, description="one_cycle: highest rate over the first")
+    final_div_factor: PositiveFloat = Field(1e4, description="one_cycle: first rate over the last")
+    power: PositiveFloat = Field(1.0, description="polynomial: its exponent")
+    patience: int = Field(
+        3, ge=0, description="plateau: evaluations in a row without a better mAP that are borne before the rate falls"
+    )
+
+    @model_validator(mode="after")
+    def _own(self) -> Schedule:
+        """Refuse what another schedule has, but at its default, as in a config with every setting resolved."""
+        for key in set().union(*SCHEDULES.values()) - set(SCHEDULES[self.name]):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                others = ", ".join(name for name, own in SCHEDULES.items() if key in own)
+                raise ValueError(
+                    f"{key} is of {others}, not of {self.name}: leave it out, or give the group whole, such as "
+                    f"train.schedule={{name: {self.name}}}"
+                )
+        return self
 
 
 class Train(Settings):
     """How the detector is trained."""
 
-    epochs: PositiveInt
-    batch_size: PositiveInt
+    epochs: PositiveInt | None = Field(None, description="length of the run; or iterations")
+    iterations: PositiveInt | None = Field(None, description="length of the run in optimiser steps, instead of epochs")
+    batch_size: PositiveInt | Literal["auto"] = Field(
+        description="images of an optimiser step, of all processes and micro-batches together; auto: as many as fit "
+        "into memory, a power of two times the parts"
+    )
+    accumulate: PositiveInt = Field(
+        1, description="micro-batches that each process does its part of a step in, where memory is short"
+    )
+    scaling: Literal["none", "linear", "sqrt"] = Field(
+        "none",
+        description="none: batch_size and optimizer.lr hold whatever the number of processes; linear, sqrt: batch_size "
+        "is each process' own, and the rate grows with their number (Goyal 2017) or its root",
+    )
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     progressive: tuple[tuple[Share, Share], ...] = Field(
@@ -428,18 +532,50 @@ class Train(Settings):
         0, ge=0, description="batches over which the loaded backbone's BatchNorm statistics are measured anew at first"
     )
     clip_norm: float = Field(10.0, ge=0, description="largest gradient norm; 0: no clipping")
+    skip: int = Field(
+        0, ge=0, description="steps of the run left out where loss or gradient is not finite; at one more it ends"
+    )
     ema: float = Field(0.9998, ge=0, lt=1, description="decay of the moving average of the weights; 0: none")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
+    compile: bool = Field(False, description="torch.compile backbone and neck, anew for each size of canvas")
     eval_every: PositiveInt = Field(1, description="epochs between evaluations")
     overfit: int = Field(
         0, ge=0, description="train on only so many photos of the split, and evaluate on the same; 0: all"
     )
     until: Share = Field(0.0, description="end the run once an evaluation's mAP50 is this high; 0: after all epochs")
-    workers: int = Field(2, ge=0, description="loader processes")
+    patience: int = Field(
+        0, ge=0, description="end the run after so many evaluations in a row without a better mAP; 0: after all epochs"
+    )
+    unfreeze: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0, le=5)]], ...] = Field(
+        (), description="pairs (e, n): after e epochs, the backbone's first n stages are frozen, not backbone.freeze"
+    )
+    save_steps: int = Field(
+        500, ge=0, description="optimiser steps between states to resume from, beside each epoch's end; 0: only there"
+    )
+    timeout: PositiveFloat = Field(
+        600, description="several processes: seconds without a word after which one is taken for hung"
+    )
+    workers: int = Field(2, ge=0, description="loader processes of each training process")
     device: Device = "auto"
     seed: int = Field(0, ge=0)
     tensorboard: bool = True
+
+    @model_validator(mode="after")
+    def _length(self) -> Train:
+        if (self.epochs is None) == (self.iterations is None):
+            raise ValueError("set either epochs or iterations, and the other to null")
+        return self
+
+    @property
+    def images(self) -> int:
+        """`batch_size`, which in a run is a number."""
+        assert self.batch_size != "auto"
+        return self.batch_size
+
+    def steps(self, epoch: int) -> int:
+        """Optimiser steps of the run, for so many an epoch."""
+        return self.iterations or (self.epochs or 0) * epoch
 
     @model_validator(mode="after")
     def _scales(self) -> Train:
@@ -447,10 +583,21 @@ class Train(Settings):
             raise ValueError(f"multi_scale is [least, largest], not {list(self.multi_scale)}")
         return self
 
-    def canvas(self, size: tuple[int, int], epoch: int, step: int = 0) -> tuple[int, int]:
+    @model_validator(mode="after")
+    def _pieces(self) -> Train:
+        if self.batch_size == "auto":
+            if self.scaling != "none":
+                raise ValueError(f"scaling {self.scaling} grows with batch_size, which auto leaves open: give a number")
+        elif self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulate, {self.accumulate}")
+        return self
+
+    def canvas(self, size: tuple[int, int], epoch: int, step: int = 0, epochs: int | None = None) -> tuple[int, int]:
         """Height and width of the training canvas in an epoch and a step of the run (0-based): `size`, or what
-        `progressive` and `multi_scale` make of it, in multiples of 32. Depends on the seed and these alone."""
-        share = next((share for until, share in self.progressive if epoch < until * self.epochs), 1.0)
+        `progressive` and `multi_scale` make of it, in multiples of 32. Depends on the seed and these alone.
+        epochs: of the run, begun ones included; default: as set."""
+        length = epochs or self.epochs or 0
+        share = next((share for until, share in self.progressive if epoch < until * length), 1.0)
         if self.multi_scale:
             share *= random.Random(f"{self.seed} {step}").uniform(*self.multi_scale)
         elif share == 1:
@@ -473,6 +620,13 @@ class Config(Settings):
     augment: Augment = Augment()
     model: Model
     train: Train
+
+    def frozen(self, epoch: int) -> int:
+        """Stages of the backbone that are frozen in an epoch (0-based)."""
+        if self.model.weights == "none":
+            return 0
+        past = [pair for pair in self.train.unfreeze if pair[0] <= epoch]
+        return max(past)[1] if past else self.model.backbone.freeze
 
 
 def shipped() -> Path:
@@ -583,8 +737,9 @@ def load(name: str | Path, assignments: Sequence[str] = ()) -> Config:
     return parse(tree, os.fspath(path))
 
 
-# What `overfit` counts as learnt by heart.
+# What `overfit` counts as learnt by heart, and what it leaves as it is by default.
 LEARNT = 0.95
+RESET = ("progressive", "multi_scale", "sampler", "patience", "unfreeze")
 
 
 def overfit(settings: Config, photos: int) -> Config:
@@ -602,13 +757,15 @@ def overfit(settings: Config, photos: int) -> Config:
                     "overfit": photos,
                     "until": LEARNT,
                     "epochs": 200,
+                    "iterations": None,
                     "eval_every": 10,
                     "batch_size": max(1, min(cfg.batch_size, photos // 4)),
                     "optimizer": cfg.optimizer.model_copy(update={"weight_decay": 0.0}),
                     "schedule": cfg.schedule.model_copy(update={"warmup_steps": min(cfg.schedule.warmup_steps, 20)}),
                     "ema": min(cfg.ema, 0.9),
                     "workers": 0,
-                    **{name: Train.model_fields[name].default for name in ("progressive", "multi_scale", "sampler")},
+                    "accumulate": 1,
+                    **{name: Train.model_fields[name].default for name in RESET},
                 }
             ),
         }

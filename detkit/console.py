@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def ranks() -> int:
+    """How many processes do this job together: 1, unless torchrun (or who knows its variables) started them."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """Which of them this is; the first, 0, is the one that prints."""
+    return int(os.environ.get("RANK", 0)) if ranks() > 1 else 0
 
 
 def bar(console: Console) -> Progress:

@@ -34,8 +34,10 @@ _EXTRAS = {
         (
             "albumentations",
             "cv2",
+            "filelock",
             "onnx",
             "onnxscript",
+            "psutil",
             "pycocotools",
             "safetensors",
             "tensorboard",

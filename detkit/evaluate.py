@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from detkit import checkpoint, metrics
+from detkit import checkpoint, distributed, metrics
 from detkit.checkpoint import pick_device
 from detkit.config import Device
 from detkit.console import bar
@@ -20,7 +21,7 @@ from detkit.data import cache
 from detkit.data.batch import Loader
 from detkit.data.dataset import EvalSet
 from detkit.data.labels import DataSet
-from detkit.errors import UserError
+from detkit.errors import Interrupted, UserError
 from detkit.files import atomic_write
 from detkit.nn.detector import Predictor
 from detkit.runtime import merge
@@ -29,30 +30,59 @@ from detkit.types import Detections
 
 
 def detect(
-    predictor: Predictor, loader: Loader, device: torch.device, console: Console, nms: merge.Kind = "hard"
+    predictor: Predictor,
+    loader: Loader,
+    device: torch.device,
+    console: Console,
+    nms: merge.Kind = "hard",
+    stop: Callable[[], int] | None = None,
 ) -> list[Detections]:
-    """The detections of every photo that the loader gives, in its order, in pixels of the original photo.
+    """The detections of every photo that the loader gives, in order of the data set, in pixels of the original photo.
+    Of several processes, each with its part of the batches, the first has those of all, and the others none.
 
-    nms: what becomes of candidates that overlap, where the predictor's rule leaves that open.
+    nms: what becomes of candidates that overlap, where the predictor's rule leaves that open. stop: gives the number of
+    a signal once work is to end; then this raises Interrupted.
     """
-    found: list[Detections] = []
+    found: dict[int, Detections] = {}
+    error = None
     with bar(console) as progress, torch.inference_mode():
         task = progress.add_task("evaluating", total=len(loader))
-        for batch in loader.epoch():
-            images = batch.images.to(device, non_blocking=True)
-            outputs = [tensor.cpu().numpy() for tensor in predictor(images)]
-            for plan, *rows in zip(batch.plans, *outputs, strict=True):
-                found.append(merge.merge(detections(plan, *rows), nms, predictor.rule))
-            progress.advance(task)
-    return found
+        try:
+            for batch in loader.epoch():
+                images = batch.images.to(device, non_blocking=True)
+                outputs = [tensor.cpu().numpy() for tensor in predictor(images)]
+                for index, plan, *rows in zip(batch.index.tolist(), batch.plans, *outputs, strict=True):
+                    found[index] = merge.merge(detections(plan, *rows), nms, predictor.rule)
+                progress.advance(task)
+                if stop and stop():
+                    break
+        except UserError as raised:
+            error = str(raised)
+    ending = distributed.agree(stop() if stop else 0, error=error).stop
+    if ending:
+        raise Interrupted("stopped while evaluating", ending)
+    parts = distributed.gather(found)
+    if not distributed.is_first():
+        return []
+    whole = {index: each for part in parts for index, each in part.items()}
+    return [whole[index] for index in sorted(whole)]
 
 
 def evaluate(
-    predictor: Predictor, loader: Loader, dataset: DataSet, device: torch.device, console: Console
+    predictor: Predictor,
+    loader: Loader,
+    dataset: DataSet,
+    device: torch.device,
+    console: Console,
+    stop: Callable[[], int] | None = None,
 ) -> dict[str, Any]:
-    """The figures of `metrics.evaluate` for a predictor on a split."""
-    found = detect(predictor, loader, device, console)
-    return metrics.evaluate([dataset[i] for i in range(len(dataset))], found, dataset.classes)
+    """The figures of `metrics.evaluate` for a predictor on a split, in every process. stop: as in `detect`."""
+    found = detect(predictor, loader, device, console, stop=stop)
+    figures = None
+    if distributed.is_first():
+        figures = metrics.evaluate([dataset[i] for i in range(len(dataset))], found, dataset.classes)
+    shared: dict[str, Any] = distributed.broadcast(figures)
+    return shared
 
 
 def table(figures: dict[str, Any], title: str) -> Table:
@@ -99,8 +129,9 @@ def run(
         data = data.model_copy(update={"format": file_format})
     dataset = cache.load_split(data, split or data.val, console)
     if dataset.classes != trained.classes:
-        raise UserError(f"{data.root}: its classes are not those of {trained.path}: {_difference(dataset, trained)}")
-    loader = Loader(EvalSet(dataset, settings.input), settings.train.batch_size, settings.train.workers)
+        difference = checkpoint.class_difference(dataset.classes, trained.classes)
+        raise UserError(f"{data.root}: its classes are not those of {trained.path}: {difference}")
+    loader = Loader(EvalSet(dataset, settings.input), settings.train.images, settings.train.workers)
     where = pick_device(device)
     predictor = trained.predictor().to(where)
     if class_agnostic:
@@ -116,9 +147,3 @@ def run(
     if json_file:
         atomic_write(json_file, json.dumps(figures, indent=1) + "\n")
     return figures
-
-
-def _difference(dataset: DataSet, trained: checkpoint.Checkpoint) -> str:
-    more, fewer = set(dataset.classes) - set(trained.classes), set(trained.classes) - set(dataset.classes)
-    parts = [f"{word} {', '.join(sorted(names)[:5])}" for word, names in (("also", more), ("no", fewer)) if names]
-    return "; ".join(parts) or "another order"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -75,11 +75,31 @@ def repeat_factors(dataset: DataSet, threshold: float) -> NDArray[np.float64]:
     return factors
 
 
-class _Order(Sampler[list[Key]]):
-    """The keys of an epoch's batches. Lives in the main process; the last four fields are set before each pass."""
+class Part(NamedTuple):
+    """Which part of each batch is this process': of `ranks` processes it is the one numbered `rank`. It gets its part
+    in `pieces` (micro-batches)."""
 
-    def __init__(self, count: int, batch_size: int, seed: int | None, factors: NDArray[np.float64] | None) -> None:
-        self.photos, self.batch_size, self.seed, self.factors = count, batch_size, seed, factors
+    rank: int = 0
+    ranks: int = 1
+    pieces: int = 1
+
+    def of(self, keys: list[Key]) -> Iterator[list[Key]]:
+        """Its pieces: as many keys each, or one more or fewer; where there are too few for all, not those without."""
+        shares = self.ranks * self.pieces
+        for share in range(self.rank * self.pieces, (self.rank + 1) * self.pieces):
+            first, last = (len(keys) * at // shares for at in (share, share + 1))
+            if first < last:
+                yield keys[first:last]
+
+
+class _Order(Sampler[list[Key]]):
+    """The keys of an epoch's batches, or of this process' part of them. Lives in the main process; the last four
+    fields are set before each pass."""
+
+    def __init__(
+        self, count: int, batch_size: int, seed: int | None, factors: NDArray[np.float64] | None, part: Part
+    ) -> None:
+        self.photos, self.batch_size, self.seed, self.factors, self.part = count, batch_size, seed, factors, part
         self.count = count if factors is None else int(factors.sum())
         self.epoch, self.close, self.start = 0, False, 0
         self.canvas: Canvas | None = None
@@ -100,10 +120,11 @@ class _Order(Sampler[list[Key]]):
         for batch in range(self.start, len(self)):
             chosen = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
             canvas = self.canvas(batch) if self.canvas else None
-            yield [
+            keys = [
                 Key(self.epoch, index, self.close, canvas, repeat)
                 for index, repeat in zip(order[chosen].tolist(), repeats[chosen].tolist(), strict=True)
             ]
+            yield from self.part.of(keys)
 
     def _repeated(
         self, order: NDArray[np.int64], factors: NDArray[np.float64], rng: np.random.Generator
@@ -133,7 +154,8 @@ class Loader:
     seed: the order is a permutation drawn from (seed, epoch), and a last batch that is not full is left out (unless
     there is no other); None: in order and complete. factors: float64 [N], how often each photo is seen in an epoch, on
     average (`repeat_factors`); None: once. workers: processes that decode, at most one a core, 0 for none;
-    they stay alive between epochs. pin: put batches into pinned memory, for CUDA.
+    they stay alive between epochs. pin: put batches into pinned memory, for CUDA. part: of each batch, what this
+    process has of it.
     """
 
     def __init__(
@@ -145,8 +167,9 @@ class Loader:
         seed: int | None = None,
         factors: NDArray[np.float64] | None = None,
         pin: bool = False,
+        part: Part | None = None,
     ) -> None:
-        self._order = _Order(len(samples), batch_size, seed, factors)
+        self._order = _Order(len(samples), batch_size, seed, factors, part or Part())
         workers = min(workers, os.cpu_count() or 1)
         self._batches = DataLoader(
             _Guarded(samples),
@@ -166,7 +189,8 @@ class Loader:
         self, number: int = 0, *, start: int = 0, close: bool = False, canvas: Canvas | None = None
     ) -> Iterator[Batch]:
         """The batches of that epoch from the one numbered `start` on; `close` leaves only flip and colour; `canvas`:
-        height and width in pixels of the batch of that number in the epoch, where not the input's size.
+        height and width in pixels of the batch of that number in the epoch, where not the input's size. With a `part`
+        of several pieces each is given by itself.
 
         Raises UserError, naming the file, where an image can't be decoded.
         """

@@ -28,6 +28,14 @@ class Losses(NamedTuple):
     denoms: dict[str, Tensor]
 
 
+class ClassRows(NamedTuple):
+    """How the outputs of a layer belong to classes: in groups (of a default box, say), each of so many slots `before`
+    those of the C classes, of `rows` outputs a slot."""
+
+    before: int
+    rows: int = 1
+
+
 class FeatureMaps(Protocol):
     """A backbone or a neck: it states the channels and strides (pixels) of the maps that it returns, finest first."""
 
@@ -53,6 +61,10 @@ class Head(nn.Module):
 
     def decode(self, outputs: Any) -> Decoded:
         """Outputs -> candidates."""
+        raise NotImplementedError
+
+    def class_layers(self) -> dict[str, ClassRows]:
+        """The layers whose outputs belong to classes, by their names in the head."""
         raise NotImplementedError
 
     def remark(self, boxes_N4: Tensor, photo_N: Tensor) -> str | None:  # noqa: ARG002

@@ -54,10 +54,22 @@ class Detector(nn.Module):
             layers.initialise(self.backbone, model.init)
             layers.initialise(self.neck, model.init)
         self.frozen = model.norm == "frozen" and model.weights != "none"
-        if self.frozen:
-            for norm in layers.batch_norms(self):
-                norm.requires_grad_(False)
+        self.hold(self.backbone.freeze)
         self.dropout = nn.Dropout2d(model.dropout)
+
+    def quicken(self) -> None:
+        """Let torch.compile make kernels of backbone and neck, for each shape of images its own."""
+        # Canvases of many sizes, and parts that are frozen or set free, are compiled in their turn.
+        torch._dynamo.config.recompile_limit = 64
+        for part in (self.backbone, self.neck):
+            part.compile(dynamic=False)
+
+    def hold(self, freeze: int) -> None:
+        """Keep the first `freeze` stages of the backbone as they are from now on, and the norms that are frozen."""
+        self.backbone.hold(freeze, self.backbone.frozen_bn)
+        for norm in layers.batch_norms(self) if self.frozen else ():
+            norm.requires_grad_(False)
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
         """As nn.Module.train, but frozen norms stay in eval mode."""

@@ -1,16 +1,19 @@
-"""Weights that others trained: files and downloads with torchvision's key names, put into a detector of ours."""
+"""Weights that were trained before: files and downloads with torchvision's key names, and our own checkpoints of other
+classes, put into a detector of ours."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.models import WeightsEnum, get_model_weights, get_weight
@@ -20,6 +23,7 @@ from detkit import config
 from detkit.errors import UserError, nearest
 from detkit.nn.backbones.base import Backbone
 from detkit.nn.backbones.timm import Timm
+from detkit.nn.contract import ClassRows
 from detkit.nn.detector import Detector
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -62,23 +66,46 @@ EPSILON = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
+class Classes:
+    """What became of the classes of a checkpoint: those that the detector has too are kept, whatever their places."""
+
+    kept: tuple[str, ...]
+    new: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+    @classmethod
+    def compared(cls, before: Sequence[str], now: Sequence[str]) -> Classes:
+        """Those of a checkpoint with those of a detector."""
+        kept = tuple(name for name in now if name in before)
+        new = tuple(name for name in now if name not in before)
+        return cls(kept, new, tuple(name for name in before if name not in now))
+
+    def __str__(self) -> str:
+        """A line for each of the three."""
+        parts = {"kept": self.kept, "new": self.new, "dropped": self.dropped}
+        return "\n".join(f"classes {word}: {len(names)}  {', '.join(names)}".rstrip() for word, names in parts.items())
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What was loaded. source: the file or the weights' name. loaded: number of tensors. missing: the detector's
-    tensors that the source lacks. mismatched: those that it has in another shape. Both are as initialised.
-    unexpected: the source's tensors that were not used."""
+    tensors that the source lacks. mismatched: those that it has in another shape, or with no class of the detector.
+    Both are as initialised. unexpected: the source's tensors that were not used. classes: where the source says
+    which it was trained for."""
 
     source: str
     loaded: int
     missing: tuple[str, ...]
     mismatched: tuple[str, ...]
     unexpected: tuple[str, ...]
+    classes: Classes | None = None
 
     def __str__(self) -> str:
         parts = [f"weights: {self.loaded} tensors from {self.source}"]
         if self.missing:
             parts.append(f"as initialised: {_groups(self.missing)}")
         if self.mismatched:
-            parts.append(f"as initialised, since the number of classes or boxes differs: {_groups(self.mismatched)}")
+            parts.append(f"as initialised, since the classes or boxes differ: {_groups(self.mismatched)}")
         if self.unexpected:
             parts.append(f"not used: {_groups(self.unexpected)}")
         return "; ".join(parts)
@@ -90,11 +117,13 @@ def _groups(names: Iterable[str]) -> str:
     return ", ".join(f"{part} ({count})" for part, count in parts.items())
 
 
-def load(detector: Detector, model: config.Model) -> Report | None:
+def load(detector: Detector, model: config.Model, classes: Sequence[str] = ()) -> Report | None:
     """Put the weights that ``model.weights`` means (see config.Model) into `detector`, whatever their precision.
 
-    Returns what was loaded and what was not, or None for 'none'. Raises UserError, and changes nothing, where they
-    can't be had or don't cover the whole backbone: a backbone is never loaded in part.
+    classes: the detector's. Of a checkpoint, which names its own, the outputs for classes of the same name are kept;
+    those for others stay as initialised. Returns what was loaded and what was not, or None for 'none'. Raises
+    UserError, and changes nothing, where they can't be had or don't cover the whole backbone: a backbone is never
+    loaded in part.
     """
     if model.weights == "none":
         return None
@@ -114,6 +143,11 @@ def load(detector: Detector, model: config.Model) -> Report | None:
         state = {key: value.float() - EPSILON if key.endswith("running_var") else value for key, value in state.items()}
     own = {name: tensor for name, tensor in detector.state_dict().items() if not name.endswith("num_batches_tracked")}
     given = _renamed(state, own, detector.backbone)
+    trained = _class_names(Path(model.weights)) if classes and source == model.weights else None
+    if trained:
+        for name, rows in _class_tensors(detector):
+            if name in given:
+                given[name] = _by_class(given[name], own[name], rows, trained, classes)
     missing = tuple(name for name in own if name not in given)
     mismatched = tuple(name for name in own if name in given and given[name].shape != own[name].shape)
     bad = [name for name in (*missing, *mismatched) if name.startswith("backbone.")]
@@ -126,7 +160,45 @@ def load(detector: Detector, model: config.Model) -> Report | None:
     detector.load_state_dict(fitting, strict=False)
     known = detector.state_dict().keys()
     unexpected = tuple(name for name in given if name not in known)
-    return Report(source, len(fitting), missing, mismatched, unexpected)
+    compared = Classes.compared(trained, classes) if trained else None
+    return Report(source, len(fitting), missing, mismatched, unexpected, compared)
+
+
+def _class_names(path: Path) -> tuple[str, ...] | None:
+    """The classes of one of detkit's checkpoints; None for other files."""
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, framework="pt") as file:
+        told = (file.metadata() or {}).get("classes")
+    try:
+        return told and tuple(json.loads(told))
+    except (ValueError, TypeError):
+        raise UserError(f"model.weights={path}: what it says of its classes is damaged; take another file") from None
+
+
+def _class_tensors(detector: Detector) -> Iterator[tuple[str, ClassRows]]:
+    """The names of the tensors whose first axis belongs to classes."""
+    for layer, rows in detector.head.class_layers().items():
+        for name, _ in detector.head.get_submodule(layer).named_parameters():
+            yield f"head.{layer}.{name}", rows
+
+
+def _by_class(theirs: Tensor, ours: Tensor, rows: ClassRows, before: Sequence[str], now: Sequence[str]) -> Tensor:
+    """`ours` with what belongs to classes that both have, or to none, taken from `theirs`.
+
+    before, now: the classes of each. Returns an empty tensor where the layers are not alike, or have nothing in common.
+    """
+    pairs = [(i, before.index(name)) for i, name in enumerate(now) if name in before]
+    groups = len(ours) // ((rows.before + len(now)) * rows.rows)
+    alike = theirs.shape == (groups * (rows.before + len(before)) * rows.rows, *ours.shape[1:])
+    if not alike or not (pairs or rows.before):
+        return ours.new_empty(0)
+    common = [(i, i) for i in range(rows.before)] + [(rows.before + i, rows.before + j) for i, j in pairs]
+    to, source = (list(places) for places in zip(*common, strict=True))
+    merged = ours.clone()
+    slots, given = (each.view(groups, -1, rows.rows, *each.shape[1:]) for each in (merged, theirs.to(ours)))
+    slots[:, to] = given[:, source]
+    return merged
 
 
 def _renamed(state: dict[str, Tensor], own: dict[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:

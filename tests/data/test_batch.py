@@ -142,7 +142,7 @@ def test_samples_can_be_sent_to_a_spawned_process(changed: TrainSet) -> None:
 
 def test_a_step_draws_its_canvas_from_the_seed_and_itself() -> None:
     def train(seed: int, **more: object) -> Train:
-        plain = {"epochs": 4, "batch_size": 2, "optimizer": {"lr": 1}, "seed": seed}
+        plain = {"epochs": 4, "batch_size": 2, "optimizer": {"name": "sgd", "lr": 1}, "seed": seed}
         return Train.model_validate(plain | more)
 
     drawn = [train(0, multi_scale=(0.5, 1.5)).canvas((320, 256), 0, step) for step in range(200)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -136,6 +137,165 @@ def test_another_backbones_weights_are_refused(theirs: State, tmp_path: Path) ->
     refused(model(str(tmp_path / "mobile.pth"), "resnet18"), "resnet18", "backbone.conv1.weight")
     torch.save({**theirs, "features.0.0.weight": torch.zeros(7, 3, 3, 3)}, tmp_path / "shape.pth")
     refused(model(str(tmp_path / "shape.pth")), "another shape", "backbone.features.0.0.weight")
+
+
+# Our own checkpoints of other classes
+
+BEFORE, NOW = ("tin", "box", "jar", "bag"), ("bag", "cup", "tin", "pot", "box")
+HEADS = {
+    "multibox": ("ssd_mobilenet", ["model.head.loss=multibox"], (96, 96)),
+    "aligned": ("ssd_mobilenet", [], (96, 96)),
+    "ssd_extras": ("ssd_vgg", ["model.backbone.name=vgg11"], (300, 300)),
+    "yolo": ("yolo_nano", ["model.backbone.width=0.25", "model.head.convs=2"], (96, 96)),
+    "yolo_v1": (
+        "yolo_v1_vgg",
+        ["model.backbone.name=vgg11", "model.head={name: yolo_v1, grid: 3, channels: 16, hidden: 16}"],
+        (96, 96),
+    ),
+    "faster_rcnn": ("faster_rcnn_mobilenet", ["model.head.width=32"], (96, 96)),
+}
+
+
+def trained(case: str, path: Path, before: tuple[str, ...] = BEFORE) -> tuple[config.Model, config.Input, Detector]:
+    """A detector whose weights are far from those of a new one, saved as a checkpoint; and its settings."""
+    name, sets, size = HEADS[case]
+    small = ["model.backbone.width=0.35"] if "mobilenet" in name else []
+    settings = config.load(name, ["model.weights=none", f"input.size={list(size)}", *small, *sets])
+    source = Detector(settings.model, settings.input, len(before)).eval()
+    rng = torch.Generator().manual_seed(3)
+    for parameter in source.head.parameters():
+        strength = 0.3 if case == "faster_rcnn" and parameter.ndim == 2 else 0.02
+        parameter.data.add_(torch.randn(parameter.shape, generator=rng), alpha=strength)
+    save_file(source.state_dict(), path, {"detkit": "0", "classes": json.dumps(before)})
+    return settings.model.model_copy(update={"weights": str(path)}), settings.input, source
+
+
+def class_outputs(outputs: Any) -> list[Tensor]:
+    """What a head says of each class, with the classes on the second axis from the end, and of what is before them."""
+    logits = outputs.classes if hasattr(outputs, "classes") else outputs.logits
+    return [logits[..., None], *([outputs.offsets] if hasattr(outputs, "regions") else [])]
+
+
+@pytest.mark.parametrize("case", HEADS)
+@torch.no_grad()
+def test_classes_of_the_same_name_are_kept_by_every_head(case: str, tmp_path: Path) -> None:
+    model, canvas, source = trained(case, tmp_path / "old.safetensors")
+    ours = Detector(model, canvas, len(NOW)).eval()
+    fresh = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    report = weights.load(ours, model, NOW)
+    assert report is not None
+    assert report.missing == report.mismatched == report.unexpected == ()
+    assert report.classes == weights.Classes(("bag", "tin", "box"), ("cup", "pot"), ("jar",))
+    photo = torch.randint(0, 256, (2, 3, *canvas.size), dtype=torch.uint8)
+    one, other = source(photo), ours(photo)
+    for before, now in zip(class_outputs(one), class_outputs(other), strict=True):
+        first = before.shape[-2] - len(BEFORE)  # 1 where there is a background
+        assert first == now.shape[-2] - len(NOW)
+        torch.testing.assert_close(now[..., :first, :], before[..., :first, :])
+        for name in report.classes.kept:
+            kept, wanted = now[..., first + NOW.index(name), :], before[..., first + BEFORE.index(name), :]
+            torch.testing.assert_close(kept, wanted, rtol=1e-4, atol=1e-5)
+            assert wanted.std() > 1e-3
+    boxes, scores = source.head.decode(one)
+    new_boxes, new_scores = ours.head.decode(other)
+    to, origin = [NOW.index(name) for name in report.classes.kept], [BEFORE.index(name) for name in report.classes.kept]
+    if boxes.shape[2] > 1:
+        boxes, new_boxes = boxes[:, :, origin], new_boxes[:, :, to]
+    torch.testing.assert_close(new_boxes, boxes, rtol=1e-4, atol=1e-2)
+    if case not in (
+        "multibox",
+        "ssd_extras",
+        "faster_rcnn",
+    ):  # there, softmax shares the same logits among more classes
+        torch.testing.assert_close(new_scores[..., to], scores[..., origin], rtol=1e-4, atol=1e-6)
+    # New classes are as initialised.
+    for layer, (leading, rows) in ours.head.class_layers().items():
+        for kind in ("weight", "bias"):
+            name = f"head.{layer}.{kind}"
+            slots, drawn = (
+                state[name].unflatten(0, (-1, leading + len(NOW), rows)) for state in (ours.state_dict(), fresh)
+            )
+            for new in (1, 3):
+                assert torch.equal(slots[:, leading + new], drawn[:, leading + new])
+            assert not torch.equal(slots[:, leading], drawn[:, leading])
+
+
+@pytest.mark.parametrize("case", HEADS)
+@torch.no_grad()
+def test_the_scores_of_classes_in_another_order_are_the_same(case: str, tmp_path: Path) -> None:
+    model, canvas, source = trained(case, tmp_path / "old.safetensors")
+    now = BEFORE[::-1]
+    ours = Detector(model, canvas, len(now)).eval().to(memory_format=torch.channels_last)
+    report = weights.load(ours, model, now)
+    assert report is not None
+    assert report.classes == weights.Classes(now, (), ())
+    photo = torch.randint(0, 256, (2, 3, *canvas.size), dtype=torch.uint8)
+    (boxes, scores), (new_boxes, new_scores) = (each.head.decode(each(photo)) for each in (source, ours))
+    assert scores.flatten(0, 1).std(0).min() > 1e-4
+    torch.testing.assert_close(new_scores.flip(-1), scores, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(new_boxes.flip(2), boxes, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_no_class_in_common_leaves_the_classes_as_initialised(case: str, tmp_path: Path) -> None:
+    """As many as before, so that the shapes agree."""
+    model, canvas, source = trained(case, tmp_path / "old.safetensors")
+    ours = Detector(model, canvas, 4)
+    fresh = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    report = weights.load(ours, model, ("a", "b", "c", "d"))
+    assert report is not None
+    assert report.classes == weights.Classes((), ("a", "b", "c", "d"), BEFORE)
+    for layer, (leading, rows) in ours.head.class_layers().items():
+        name = f"head.{layer}.weight"
+        got, drawn, old = (
+            state[name].unflatten(0, (-1, leading + 4, rows))
+            for state in (ours.state_dict(), fresh, source.state_dict())
+        )
+        assert torch.equal(got[:, leading:], drawn[:, leading:])
+        assert torch.equal(got[:, :leading], old[:, :leading])
+        assert (name in report.mismatched) == (leading == 0)
+
+
+def test_boxes_that_differ_are_as_initialised_though_the_shape_agrees(tmp_path: Path) -> None:
+    """4 default boxes of 3 classes have as many outputs as 6 of 2."""
+    model, canvas, _ = trained("aligned", tmp_path / "old.safetensors", ("tin", "box", "jar"))
+    head = {"scales": [0.1, 0.4, 0.7, 0.9], "ratios": [[2, 3]] * 3, "loss": "aligned", "extra_square": True}
+    four = model.model_copy(update={"head": config.SSD.model_validate(head | {"ratios": [[2]] * 3}), "weights": "none"})
+    six = model.model_copy(update={"head": config.SSD.model_validate(head)})
+    save_file(
+        Detector(four, canvas, 3).state_dict(), tmp_path / "old.safetensors", {"classes": '["tin", "box", "jar"]'}
+    )
+    ours = Detector(six, canvas, 2)
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items() if "head.scores" in name}
+    report = weights.load(ours, six, ("tin", "box"))
+    assert report is not None
+    assert {*before} <= {*report.mismatched}
+    assert all(torch.equal(ours.state_dict()[name], value) for name, value in before.items())
+
+
+def test_another_head_keeps_backbone_and_neck(tmp_path: Path) -> None:
+    model, canvas, source = trained("aligned", tmp_path / "old.safetensors")
+    other = model.model_copy(update={"head": config.YOLO(channels=16)})
+    ours = Detector(other, canvas, 4)
+    report = weights.load(ours, other, BEFORE)
+    assert report is not None
+    assert {name.split(".")[0] for name in report.missing} == {"head"}
+    for name, tensor in ours.state_dict().items():
+        if not name.startswith("head."):
+            assert torch.equal(tensor, source.state_dict()[name])
+
+
+def test_a_checkpoint_of_another_backbone_is_refused(tmp_path: Path) -> None:
+    trained("aligned", tmp_path / "old.safetensors")
+    refused(model(str(tmp_path / "old.safetensors"), "resnet18"), "not weights of the backbone resnet18")
+
+
+@pytest.mark.parametrize("told", ["[", "3"])
+def test_classes_that_are_damaged_are_refused(told: str, tmp_path: Path) -> None:
+    settings = model(str(tmp_path / "old.safetensors"))
+    save_file(detector(settings).state_dict(), tmp_path / "old.safetensors", {"classes": told})
+    with pytest.raises(UserError, match=r"old\.safetensors: what it says of its classes"):
+        weights.load(detector(settings), settings, ("a", "b", "c"))
 
 
 class Malicious:

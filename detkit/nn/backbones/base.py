@@ -28,6 +28,7 @@ class Backbone(nn.Module):
         self.name, self.strides = name, strides
         self.freeze = 0
         self.frozen_bn = False
+        self._switched_off: list[str] = []  # parameters, by `hold`
 
     @property
     def stages(self) -> list[list[nn.Module]]:
@@ -45,10 +46,16 @@ class Backbone(nn.Module):
 
     def hold(self, freeze: int, frozen_bn: bool) -> None:
         """Keep the first `freeze` stages as they are and, with `frozen_bn`, every BatchNorm's statistics and affine
-        parameters: no gradients, and eval mode whatever `train` is told."""
+        parameters: no gradients, and eval mode whatever `train` is told. What an earlier call held and this
+        one does not is free again."""
+        own = dict(self.named_parameters())
+        for name in self._switched_off:
+            own[name].requires_grad_(True)
         self.freeze, self.frozen_bn = freeze, frozen_bn
-        for module in self._held():
-            module.requires_grad_(False)
+        held = {parameter for module in self._held() for parameter in module.parameters()}
+        self._switched_off = [name for name, parameter in own.items() if parameter in held and parameter.requires_grad]
+        for name in self._switched_off:
+            own[name].requires_grad_(False)
         self.train(self.training)
 
     def _held(self) -> list[nn.Module]:

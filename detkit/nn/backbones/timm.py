@@ -87,7 +87,10 @@ class Timm(Backbone):
         for end in ends:
             inside = [i for i, (name, _) in enumerate(named) if name.startswith((end, end.replace(".", "_", 1)))]
             if not inside:
-                raise UserError(f"model.backbone.freeze: the stages of {self.name} can't be told apart; set it to 0")
+                raise UserError(
+                    f"model.backbone.freeze: the stages of {self.name} can't be told apart; set it to 0, "
+                    "train.unfreeze to [], and train.optimizer.layer_decay to 1"
+                )
             stops.append(inside[-1] + 1)
         for start, stop in pairwise((0, *stops)):
             stage = {module: None for _, module in named[start:stop]}

@@ -13,7 +13,7 @@ from torchvision.ops import roi_pool
 from detkit.config import FasterRCNN, Select
 from detkit.nn.anchors import grid_anchors
 from detkit.nn.boxes import decode, encode
-from detkit.nn.contract import Decoded, Feats, FeatureMaps, Head, Losses
+from detkit.nn.contract import ClassRows, Decoded, Feats, FeatureMaps, Head, Losses
 from detkit.nn.matching import match_regions, owners
 from detkit.nn.necks import conv
 from detkit.nn.roi import levels_of, pyramid_align, rois
@@ -51,13 +51,26 @@ class Outputs(NamedTuple):
     region_samples: Samples | None
 
 
+def _mix(x: Tensor) -> Tensor:
+    """Integers of 32 bits (in int64) to others of 32 bits, one to one and as if by chance (lowbias32, Wellons 2018)."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def chances(keys_B: Tensor, count: int) -> Tensor:
+    """Random int64 [B, count], 0 to 2^32 - 1. A row depends on its key alone, and a number in it on its place: not on
+    `count`, on the images beside it or on the device, so that a batch may be divided in any way."""
+    places = torch.arange(count, device=keys_B.device)
+    return _mix(_mix(keys_B & 0xFFFFFFFF)[:, None] ^ _mix(places + 0x9E3779B9))
+
+
 @torch.no_grad()
-def draw(
-    positive: Tensor, negative: Tensor, count: int, share: float, rng: torch.Generator | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """At most `count` candidates of each image, at most that share of them positive, by chance: their index [B, N],
-    and which of them are positive and which are no padding, bool [B, N]. positive, negative: bool [B, A]."""
-    chance = torch.rand(positive.shape, generator=rng, device=positive.device)
+def draw(positive: Tensor, negative: Tensor, count: int, share: float, keys_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """At most `count` candidates of each image, at most that share of them positive, by chance (see `chances`): their
+    index [B, N], and which of them are positive and which are no padding, bool [B, N]. positive, negative:
+    bool [B, A]."""
+    chance = chances(keys_B, positive.shape[1])
 
     def first(among: Tensor, most: int) -> tuple[Tensor, Tensor]:
         values, index = chance.masked_fill(~among, -1).topk(min(most, among.shape[1]), 1)
@@ -141,9 +154,10 @@ class FasterRCNNHead(Head):
         self.reference = f"FasterRCNN_ResNet50_FPN{version}_Weights.COCO_V1"
 
     def forward(
-        self, feats: Feats, hw: tuple[int, int], targets: Targets | None = None, rng: torch.Generator | None = None
+        self, feats: Feats, hw: tuple[int, int], targets: Targets | None = None, rng: Tensor | None = None
     ) -> Outputs:
-        """Feature maps of a canvas `hw` -> Outputs. rng: on the maps' device."""
+        """Feature maps of a canvas `hw` -> Outputs. rng: int64 [B], what each image's samples are drawn by; default:
+        torch's generator."""
         cfg = self.settings
         scores, offsets = self.rpn(feats)
         grids = tuple((int(feat.shape[-2]), int(feat.shape[-1])) for feat in feats)
@@ -170,18 +184,20 @@ class FasterRCNNHead(Head):
         )  # fmt: skip
 
     def _sample(
-        self, anchors_A4: Tensor, proposals_BP4: Tensor, real_BP: Tensor, targets: Targets, rng: torch.Generator | None
+        self, anchors_A4: Tensor, proposals_BP4: Tensor, real_BP: Tensor, targets: Targets, rng: Tensor | None
     ) -> tuple[Tensor, Tensor, tuple[Samples, Samples]]:
         """What the two losses look at: regions [B, N, 4], which of them are real [B, N], and both samples."""
         cfg = self.settings
+        keys_B = torch.randint(1 << 32, (len(real_BP),), device=real_BP.device) if rng is None else rng
         positive, ignore = match_regions(anchors_A4[None], targets, *cfg.rpn_iou, best_too=True)
-        index, positive, taken = draw(positive, ~(positive | ignore), cfg.rpn_samples, cfg.rpn_positives, rng)
+        index, positive, taken = draw(positive, ~(positive | ignore), cfg.rpn_samples, cfg.rpn_positives, keys_B)
         anchors = Samples(index, owners(anchors_A4[index], targets) * positive, positive, taken)
 
         objects_BG = (targets.labels >= 0) & ~targets.ignore
         boxes, real = torch.cat([proposals_BP4, targets.boxes], 1), torch.cat([real_BP, objects_BG], 1)
         positive, ignore = match_regions(boxes, targets, cfg.match_iou, cfg.match_iou)
-        index, positive, taken = draw(positive & real, ~(positive | ignore) & real, cfg.samples, cfg.positives, rng)
+        negative, keys_B = ~(positive | ignore) & real, _mix(keys_B & 0xFFFFFFFF)
+        index, positive, taken = draw(positive & real, negative, cfg.samples, cfg.positives, keys_B)
         boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))
         return boxes, taken, (anchors, Samples(index, owners(boxes, targets) * positive, positive, taken))
 
@@ -237,3 +253,7 @@ class FasterRCNNHead(Head):
         scores = outputs.logits.float().softmax(-1)[..., 1:] * outputs.real[..., None]
         boxes = decode(outputs.offsets[:, :, 1:].float(), outputs.regions[:, :, None], self.settings.variances)
         return Decoded(boxes, scores)
+
+    def class_layers(self) -> dict[str, ClassRows]:
+        """Of the second look; before the classes, the background, which has a box too."""
+        return {"scores": ClassRows(1), "offsets": ClassRows(1, 4)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from detkit.config import SSD
 from detkit.nn.anchors import default_boxes, shapes
 from detkit.nn.boxes import decode
-from detkit.nn.contract import Decoded, Feats, FeatureMaps, Head, Losses
+from detkit.nn.contract import ClassRows, Decoded, Feats, FeatureMaps, Head, Losses
 from detkit.nn.losses import aligned_loss, multibox_loss
 from detkit.nn.necks import separable
 from detkit.types import Targets
@@ -109,3 +109,7 @@ class SSDHead(Head):
         logits = outputs.logits.float()
         scores = logits.softmax(-1)[..., 1:] if self.multibox else logits.sigmoid()
         return Decoded(self._boxes(outputs)[:, :, None], scores)
+
+    def class_layers(self) -> dict[str, ClassRows]:
+        """A group a default box; before the classes, the background (multibox)."""
+        return {f"scores.{i}": ClassRows(int(self.multibox)) for i in range(len(self.scores))}

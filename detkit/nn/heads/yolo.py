@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from detkit.config import YOLO
 from detkit.nn.anchors import cells
 from detkit.nn.boxes import ciou
-from detkit.nn.contract import Decoded, Feats, FeatureMaps, Head, Losses
+from detkit.nn.contract import ClassRows, Decoded, Feats, FeatureMaps, Head, Losses
 from detkit.nn.losses import align
 from detkit.nn.necks import conv
 from detkit.types import Targets
@@ -106,6 +106,10 @@ class YOLOHead(Head):
     def decode(self, outputs: Outputs) -> Decoded:
         """Outputs -> candidates, in pixels of the input canvas; not clipped to it."""
         return Decoded(self._boxes(outputs.sides, outputs.cells)[:, :, None], outputs.logits.float().sigmoid())
+
+    def class_layers(self) -> dict[str, ClassRows]:
+        """The last layer of each level's class branch."""
+        return {f"scores.{i}.{self.settings.convs}": ClassRows(0) for i in range(len(self.scores))}
 
 
 def distribution_focal_loss(logits: Tensor, values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from detkit.config import YOLOv1
 from detkit.errors import UserError
 from detkit.nn.boxes import area, iou
-from detkit.nn.contract import Decoded, Feats, FeatureMaps, Head, Losses
+from detkit.nn.contract import ClassRows, Decoded, Feats, FeatureMaps, Head, Losses
 from detkit.nn.necks import conv
 from detkit.types import Targets
 
@@ -148,6 +148,10 @@ class YOLOv1Head(Head):
         sure = outputs.boxes[..., 4].float().clamp(0, 1)
         scores = sure[..., None] * outputs.classes.float().clamp(0, 1)[:, :, None]
         return Decoded(self._boxes(outputs).flatten(1, 2)[:, :, None], scores.flatten(1, 2))
+
+    def class_layers(self) -> dict[str, ClassRows]:
+        """A group a cell; before the classes, its boxes."""
+        return {"predict": ClassRows(self.settings.boxes * 5)}
 
     def remark(self, boxes_N4: Tensor, photo_N: Tensor) -> str | None:
         """How many objects share a cell with a larger one, and so can't be learnt."""
