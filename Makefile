@@ -23,7 +23,7 @@ test: setup  ## the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: setup  ## fuzzing, kills and other long tests
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: setup  ## ruff, mypy and the layers
 	$(BIN)/ruff check .
