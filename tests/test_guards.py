@@ -205,13 +205,14 @@ def test_a_batch_size_is_found(tmp_path, console, monkeypatch):
         settings(tmp_path, "train.batch_size=auto", "train.scaling=linear")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="peak memory as POSIX has it")
-def test_memory_is_measured(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the highest ever counts, and that of earlier tests is")
+def test_memory_is_measured():
     cpu = torch.device("cpu")
     assert 2**20 < guards.free(cpu) < 2**50
-    guards.taken(lambda: None, cpu)
+    torch.ones(2**28).sum()
     grows = guards.taken(lambda: torch.ones(2**27).sum(), cpu)  # half a gigabyte
-    assert 2**29 * 0.9 < grows < 2**31
+    assert 2**29 * 0.9 < grows < 2**29 * 1.5
+    assert guards.taken(lambda: None, cpu) < 2**27
 
 
 def test_a_containers_limit_counts(tmp_path, monkeypatch):

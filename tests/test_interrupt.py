@@ -29,9 +29,10 @@ def config(folder, *more):
 
 
 def start(*arguments, launcher=()):
-    """A training process of its own group, as a terminal would start it."""
+    """A training process of its own group, as a terminal would start it, with one thread: sums depend on how many."""
     command = [sys.executable, *launcher, "-m", "detkit", "train", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
 
 
 def finish(process, code=0, seconds=300):
