@@ -1,0 +1,193 @@
+"""Photos larger than what the network was trained on, looked at in overlapping tiles, each object counted once.
+
+An object whose sides are no longer than the overlap is whole in at least one tile. So what a tile's inner edge cuts is
+left to the tile that sees it whole, and what two tiles see whole is one object where the boxes are nearly one. Larger
+objects are looked for in the photo as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detkit.errors import UserError
+from detkit.geometry import iou
+from detkit.manifest import Manifest
+from detkit.runtime import merge
+from detkit.types import Detections
+
+if TYPE_CHECKING:
+    from detkit.runtime.predict import Detector
+
+BATCH = 8  # tiles that the detector is given at a time
+EDGE = 0.015  # share of a tile's side: a box that ends so near to its edge is taken for cut
+SAME = 0.5  # IoU from which boxes of two tiles are one object, where the model's own NMS doesn't say less
+
+
+class Tiling(NamedTuple):
+    """tile: height and width of a tile in pixels of the photo. overlap: longest side in pixels of the objects that are
+    to be whole in some tile; longer ones are found in the photo as a whole."""
+
+    tile: tuple[int, int]
+    overlap: int
+
+    def margin(self, axis: int) -> int:
+        """Pixels along an axis of a tile within which a box counts as cut."""
+        return math.ceil(EDGE * self.tile[axis])
+
+    def corners(self, hw: tuple[int, int]) -> NDArray[np.int64]:
+        """The tiles of a photo of height and width `hw`, as boxes, int64 [T, 4], row by row, evenly spread."""
+        rows, columns = (_starts(hw[axis], self.tile[axis], self.overlap + self.margin(axis)) for axis in (0, 1))
+        height, width = (min(side, full) for side, full in zip(self.tile, hw, strict=True))
+        return np.array([(x, y, x + width, y + height) for y in rows for x in columns], np.int64)
+
+
+def parse(text: str, overlap: int | None) -> Tiling:
+    """A tiling as the command line has it: `640` or `640x480` (width and height). overlap: default a quarter of the
+    shorter side. Raises UserError where it is none."""
+    try:
+        sides = [int(part) for part in text.lower().split("x")]
+        width, height = sides * 2 if len(sides) == 1 else sides
+    except ValueError:
+        raise UserError(f"--tiles {text}: give a width and a height in pixels, as in 640x480, or auto") from None
+    return checked((height, width), min(width, height) // 4 if overlap is None else overlap)
+
+
+def checked(tile: tuple[int, int], overlap: int) -> Tiling:
+    """The tiling. Raises UserError where the tiles are too small for the overlap."""
+    tiling = Tiling(tile, overlap)
+    if min(tile) < 16 or overlap < 0 or any(tile[axis] < 2 * (overlap + tiling.margin(axis)) for axis in (0, 1)):
+        height, width = tile
+        raise UserError(
+            f"tiles of {width}x{height} that overlap by {overlap}: make them 16 or more, and twice the overlap"
+        )
+    return tiling
+
+
+def _starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin along a side of the photo: as few as overlap by so much."""
+    if length <= tile:
+        return [0]
+    count = math.ceil((length - overlap) / (tile - overlap))
+    return [i * (length - tile) // (count - 1) for i in range(count)]
+
+
+class Tiled:
+    """A detector that looks at tiles of a photo, and at all of it for what is larger than the overlap. A photo that is
+    no larger than a tile is looked at as it is."""
+
+    def __init__(self, detector: Detector, tiling: Tiling) -> None:
+        self.detector, self.tiling = detector, tiling
+
+    @property
+    def manifest(self) -> Manifest:
+        """The detector's."""
+        return self.detector.manifest
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The detector's."""
+        return self.detector.classes
+
+    def detect(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        """Detections of each image, uint8 [h, w, 3], in its own pixels, best first."""
+        return [self._one(image) for image in images]
+
+    def _one(self, image: NDArray[np.uint8]) -> Detections:
+        hw = (image.shape[0], image.shape[1])
+        places = self.tiling.corners(hw)
+        if len(places) == 1:
+            return self.detector.detect([image])[0]
+        views = [image, *(np.ascontiguousarray(image[y1:y2, x1:x2]) for x1, y1, x2, y2 in places)]
+        found: list[Detections] = []
+        for start in range(0, len(views), BATCH):
+            found += self.detector.detect(views[start : start + BATCH])
+        rule = self.manifest.nms
+        return joined(found[1:], places, found[0], self.tiling, agnostic=rule.agnostic, same=min(rule.iou, SAME))
+
+
+def joined(
+    found: Sequence[Detections],
+    places: NDArray[np.int64],
+    whole: Detections,
+    tiling: Tiling,
+    *,
+    agnostic: bool = False,
+    same: float = SAME,
+) -> Detections:
+    """What was found in the tiles of a photo, each object once, best first.
+
+    found: of each tile, in its own pixels. places: the tiles in the photo, int64 [T, 4]. whole: found in the photo as a
+    whole; of that, what has a side longer than the overlap counts. same: the IoU above which boxes of two tiles (of one
+    class, unless `agnostic`) are one object, of which the surer is kept. Boxes of one tile are left as they are.
+    """
+    large = (whole.boxes[:, 2:] - whole.boxes[:, :2]).max(1, initial=0) > tiling.overlap
+    parts = [_part(whole, large)]
+    for one, place in zip(found, places, strict=True):
+        part = _part(one, ~_cut(one.boxes, place, whole.hw, tiling))
+        shift = np.tile(place[:2], 2).astype(np.float32)
+        parts.append(Detections(part.boxes + shift, part.scores, part.labels, whole.hw))
+    views = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    boxes, scores, labels = (
+        np.concatenate([getattr(part, n) for part in parts]) for n in ("boxes", "scores", "labels")
+    )
+    order = np.argsort(-scores, kind="stable")
+    boxes, scores, labels, views = boxes[order], scores[order], labels[order], views[order]
+    kept = np.ones(len(order), bool)
+    for i in range(len(order)):
+        if kept[i]:
+            rivals = np.flatnonzero(kept[i + 1 :] & (views[i + 1 :] != views[i])) + i + 1
+            if not agnostic:
+                rivals = rivals[labels[rivals] == labels[i]]
+            kept[rivals[iou(boxes[i, None], boxes[rivals])[0] > same]] = False
+    return Detections(boxes[kept], scores[kept], labels[kept], whole.hw)
+
+
+def _part(found: Detections, kept: NDArray[np.bool_]) -> Detections:
+    return Detections(found.boxes[kept], found.scores[kept], found.labels[kept], found.hw)
+
+
+def _cut(
+    boxes: NDArray[np.float32], place: NDArray[np.int64], hw: tuple[int, int], tiling: Tiling
+) -> NDArray[np.bool_]:
+    """Which boxes of a tile end at an edge of it that lies inside the photo: bool [N]."""
+    x, y = tiling.margin(1), tiling.margin(0)
+    width, height = place[2] - place[0], place[3] - place[1]
+    left, top = (boxes[:, 0] < x) & (place[0] > 0), (boxes[:, 1] < y) & (place[1] > 0)
+    right, bottom = (boxes[:, 2] > width - x) & (place[2] < hw[1]), (boxes[:, 3] > height - y) & (place[3] < hw[0])
+    cut: NDArray[np.bool_] = left | top | right | bottom
+    return cut
+
+
+class Flipped:
+    """A detector that looks at each photo twice, the second time mirrored, and fuses what it finds (weighted boxes)."""
+
+    def __init__(self, detector: Detector) -> None:
+        self.detector = detector
+
+    @property
+    def manifest(self) -> Manifest:
+        """The detector's."""
+        return self.detector.manifest
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The detector's."""
+        return self.detector.classes
+
+    def detect(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        """Detections of each image, uint8 [h, w, 3], in its own pixels, best first."""
+        plain = self.detector.detect(images)
+        mirrored = self.detector.detect([np.ascontiguousarray(image[:, ::-1]) for image in images])
+        rule = self.manifest.nms
+        fused = []
+        for one, other in zip(plain, mirrored, strict=True):
+            x1, y1, x2, y2 = other.boxes.T
+            width = np.float32(other.hw[1])
+            back = Detections(np.stack([width - x2, y1, width - x1, y2], 1), other.scores, other.labels, other.hw)
+            fused.append(merge.weighted([one, back], iou=max(rule.iou, SAME), agnostic=rule.agnostic))
+        return fused
