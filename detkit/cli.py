@@ -212,31 +212,87 @@ def evaluate(
 
 @app.command()
 def predict(
-    photos: Annotated[list[str], typer.Argument(help="photos, folders, globs")],
+    photos: Annotated[list[str] | None, typer.Argument(help="photos, folders, globs")] = None,
     model: ModelOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="a new folder; default: predictions/<n>")] = None,
     file_format: Annotated[
-        Literal["json", "voc"], typer.Option("--format", help="what is written beside the pictures")
+        Literal["json", "voc", "yolo", "jsonl", "coco", "csv"],
+        typer.Option("--format", help="json, voc, yolo: a file a photo; jsonl, coco, csv: one for all"),
     ] = "json",
+    pictures: Annotated[
+        bool | None, typer.Option(help="photos with their boxes drawn; default: with a file a photo")
+    ] = None,
+    count: Annotated[bool, typer.Option("--count", help="products per class per photo, and counts.csv")] = False,
+    tiles: Annotated[
+        str | None, typer.Option(help="look at large photos in tiles of so many pixels of theirs: 640 or 640x480")
+    ] = None,
+    overlap: Annotated[
+        int | None, typer.Option(min=0, help="longest side, in pixels, of products that tiles are to show whole")
+    ] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="look at each photo mirrored as well, and fuse")] = False,
     score: Annotated[float | None, typer.Option(min=0, max=1, help="lowest score shown; default: the model's")] = None,
     device: Annotated[
         RuntimeDevice,
         typer.Option(help="where the network runs; tensorrt, openvino, coreml and directml are for .onnx files"),
     ] = "auto",
-    threads: Annotated[int, typer.Option(min=0, help="of the network on the CPU; 0: one a core")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, help="of the network on the CPU; 0: one a core, or, of many photos, one a photo")
+    ] = 0,
     nms: NmsOption = "hard",
+    resume: Annotated[Path | None, typer.Option(help="go on in this folder of results")] = None,
 ) -> None:
-    """Find the products in photos: a table, annotated pictures, and JSON or VOC XML."""
-    detector = _detector(model, device, threads, nms)
+    """Find the products in photos: a table, annotated pictures, and files in six formats."""
     from detkit.runtime import predict as job
+    from detkit.runtime import tiles as tiling
 
-    failures = job.predict(detector, photos, out, format=file_format, score=score, console=_console())
+    if resume:
+        asked = job.read_job(resume)
+    elif not photos:
+        raise UserError("name photos, folders or glob patterns; or --resume OUT, to go on with what was stopped")
+    else:
+        if overlap is not None and tiles is None:
+            raise UserError("--overlap: is that of --tiles, which is not given")
+        asked = job.Job(
+            photos=tuple(photos),
+            folder=str(Path.cwd()),
+            model=_found(model),
+            format=file_format,
+            pictures=pictures,
+            counts=count,
+            score=score,
+            nms=nms,
+            tiles=tiling.parse(tiles, overlap) if tiles else None,
+            flip=flip,
+        )
+    many = len(job.expand(asked.photos)) > job.MANY
+    jobs = 1
+    if many and threads == 0 and device in ("auto", "cpu") and asked.model.endswith(".onnx"):
+        threads, jobs = 1, os.cpu_count() or 1
+    detector = _detector(asked.model, device, threads, asked.nms)
+    if getattr(detector, "device", "") != "cpu":
+        jobs = 1
+    if resume and asked.sha256 != detector.manifest.sha256:
+        raise UserError(f"{resume}: was begun with another model than {asked.model} is now; begin anew with --out")
+    asked = asked.model_copy(update={"sha256": detector.manifest.sha256})
+    failures = job.predict(
+        asked.views(detector), asked.photos, resume or out, asked.output,
+        score=asked.score, jobs=jobs, asked=asked, console=_console(),
+    )  # fmt: skip
     raise typer.Exit(1 if failures else 0)
 
 
-def _detector(model: str | None, device: RuntimeDevice, threads: int, nms: Nms) -> Detector:
-    """What `detkit predict` runs: a Session for an .onnx file (torch-free), else a checkpoint under torch."""
+def _found(model: str | None) -> str:
+    """The file that `--model` means."""
     if model is not None and Path(model).suffix == ".onnx":
+        return model
+    from detkit import checkpoint
+
+    return str(checkpoint.find(model))
+
+
+def _detector(model: str, device: RuntimeDevice, threads: int, nms: Nms) -> Detector:
+    """What `detkit predict` runs: a Session for an .onnx file (torch-free), else a checkpoint under torch."""
+    if Path(model).suffix == ".onnx":
         from detkit.runtime.session import Session
 
         return Session(model, device, threads, nms)
@@ -244,7 +300,7 @@ def _detector(model: str | None, device: RuntimeDevice, threads: int, nms: Nms) 
         raise UserError(f"--device {device}: is for ONNX files; write one with  detkit export  first")
     from detkit import checkpoint
 
-    return checkpoint.TorchSession(checkpoint.find(model), device, nms, threads)
+    return checkpoint.TorchSession(Path(model), device, nms, threads)
 
 
 @app.command()

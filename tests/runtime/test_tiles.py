@@ -107,7 +107,7 @@ def test_objects_of_any_size_in_photos_of_any_size(
     for x, y in cells:  # one in each, so that none overlap
         room = np.minimum((98, 98), (hw[1] - x, hw[0] - y))
         side = np.maximum(rng.uniform(0.2, 1, 2) * room, 3)
-        boxes.append((x, y, *np.minimum((x, y) + side, (hw[1], hw[0]))))
+        boxes.append((x, y, *np.minimum((x + side[0], y + side[1]), (hw[1], hw[0]))))
     corners, labels = np.array(boxes, np.float32), rng.integers(0, 2, len(boxes))
     found = tiles.Tiled(Oracle(corners, labels), tiling).detect([places(hw)])[0]
     assert rows(found.boxes, found.labels) == rows(corners, labels)
@@ -141,8 +141,10 @@ def test_a_photo_as_small_as_a_tile_is_looked_at_once() -> None:
 
 def test_two_classes_in_one_place_are_two_objects_unless_the_model_says_otherwise() -> None:
     boxes = np.array([[150, 10, 190, 50]] * 2, np.float32)
-    found = [Detections(boxes[i, None] - np.float32([x, 0, x, 0]), np.float32([0.9 - i / 10]), np.array([i]), (200, 200))
-             for i, x in ((0, 0), (1, 130))]  # fmt: skip
+    found = [
+        Detections(boxes[:1] - np.float32([x, 0, x, 0]), np.float32([score]), np.array([label]), (200, 200))
+        for x, score, label in ((0, 0.9, 0), (130, 0.8, 1))
+    ]
     corners = np.array([[0, 0, 200, 200], [130, 0, 330, 200]])
     nothing = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), (200, 330))
     both = tiles.joined(found, corners, nothing, tiles.Tiling((200, 200), 60))
