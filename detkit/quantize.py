@@ -201,8 +201,13 @@ class Int8(_Reduced):
 
     def reduced(self, spare: Collection[str] = ()) -> onnx.ModelProto:
         """See _Reduced."""
-        left = self._left(spare)
-        chosen = [node for node in self._nodes if node.name not in left]
+        left, made, chosen = self._left(spare), set[str](), list[onnx.NodeProto]()
+        for node in self._nodes:  # in the order in which they compute
+            # What lies between two layers is int8 where all that it takes is.
+            takes = set(node.input) & self._ranges.keys()
+            if (node.op_type in _LAYERS and node.name not in left) or (node.op_type in _BETWEEN and takes <= made):
+                chosen.append(node)
+                made.update(node.output)
         with _silent():
             quantizer = QDQQuantizer(
                 copy.deepcopy(self.model),
@@ -217,6 +222,7 @@ class Int8(_Reduced):
                 extra_options={},
             )
             quantizer.quantize_model()
+            quantizer.model.topological_sort()
         model: onnx.ModelProto = quantizer.model.model
         model.producer_name, model.producer_version = self.model.producer_name, self.model.producer_version
         return model
