@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 import platform
@@ -10,7 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -20,9 +19,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
-from detkit import checkpoint, config, distributed
+from detkit import checkpoint, config, distributed, loggers, watch
 from detkit.checkpoint import pick_device
 from detkit.console import bar, counting, duration
 from detkit.data import cache, findings, pixels, stats
@@ -37,10 +35,10 @@ from detkit.nn.contract import Losses
 from detkit.nn.detector import Detector, Predictor, Trainable
 from detkit.nn.layers import batch_norms
 from detkit.optim import Schedule, make_optimizer
-from detkit.types import Batch
+from detkit.types import Batch, Detections
 
 # What of a Run is saved for resuming.
-PARTS = ("detector", "predictor", "optimizer", "schedule", "scaler")
+PARTS = ("detector", "predictor", "optimizer", "schedule", "scaler", "watch")
 COUNTERS = ("best", "stale", "epoch", "step_in_epoch", "totals", "finished")
 # What of a run's settings may be others once it is resumed: the weights stay what they would be (with another number of
 # micro-batches, but for rounding).
@@ -48,6 +46,7 @@ CHANGEABLE = ("train.workers", "train.device", "train.accumulate", "train.save_s
 LOG_EVERY = 60.0  # seconds between lines of progress where there is no terminal for a bar
 FEW = 8  # images from which BatchNorm's statistics can be relied on
 TIME_UP = 1  # why a run stops, where it is no signal; this number's is none that it listens to
+PICTURES = 20  # evaluations about, in a run, whose sample photos and curves are recorded
 FIGURES = ("mAP", "mAP50", "mAP75", "VOC_AP50")
 
 
@@ -62,6 +61,9 @@ def by_denominator(losses: Losses) -> list[list[int]]:
 def stacked(losses: Losses) -> Tensor:
     """Sums and denominators, float32 [2, parts], without gradient."""
     return torch.stack([*losses.sums.values(), *losses.denoms.values()]).detach().view(2, -1)
+
+
+Judge = Callable[["Run", dict[str, Any]], None]
 
 
 @contextmanager
@@ -127,6 +129,9 @@ class Run:
         self.epochs = -(-self.steps // len(self.loader))  # the last may end early
         self.schedule = Schedule(self.optimizer, cfg.schedule, self.steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.precision == "fp16")
+        self.watch = watch.Watch(self.detector, self.steps, cfg.clip_norm)
+        self.log = loggers.Loggers()  # in the first process, those of the run
+        self.measured: dict[str, float] = {}  # by the last evaluation, beside its figures
 
     def _check_pieces(self) -> None:
         """Raise UserError where the batches can't be divided."""
@@ -221,16 +226,11 @@ class Run:
         and image alone; dropout, which is drawn for a whole micro-batch, also on how the batch is divided."""
         cfg = self.settings.train
         torch.manual_seed(self._seed(distributed.rank(), piece).getrandbits(63))
+        batch = batch.to(self.device)
         rng = batch.index ^ self._seed().getrandbits(32)
-        batch = Batch(
-            batch.images.to(self.device, non_blocking=True),
-            type(batch.targets)(*(tensor.to(self.device, non_blocking=True) for tensor in batch.targets)),
-            batch.plans,
-            batch.index,
-        )
         dtype = torch.float16 if cfg.precision == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype, enabled=cfg.precision != "fp32"):
-            losses: Losses = model(batch, rng.to(self.device, non_blocking=True))
+            losses: Losses = model(batch, rng)
         return losses
 
     def train_step(self, *pieces: Batch) -> dict[str, float]:
@@ -273,14 +273,15 @@ class Run:
         self.scaler.scale(total).backward()
         values = dict(zip(losses.sums, (sums / denoms.clamp(min=1)).tolist(), strict=True))
         if not all(math.isfinite(value) for value in values.values()):
+            self.log.scalars("steps", self.schedule.last_epoch + 1, self.watch.broken(values))
             own = [Path(self.train_data[int(i)].path).name for batch in pieces for i in batch.index]
             names = ", ".join(itertools.chain(*distributed.gather(own)))
             raise UserError(f"the loss is no longer finite ({values}); lower the learning rate. Photos: {names}")
         self.scaler.unscale_(self.optimizer)
-        if cfg.clip_norm:
-            nn.utils.clip_grad_norm_(self.detector.parameters(), cfg.clip_norm)
+        self.watch.gradients(self.schedule.last_epoch + 1)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.watch.moved([group["lr"] for group in self.optimizer.param_groups])
         self.schedule.step()
         step = self.schedule.last_epoch
         # The average follows fast at first (the weights move far), then with the set decay.
@@ -311,6 +312,7 @@ class Run:
             with distributed.contact():
                 parts = self.train_step(*pieces)
             self.step_in_epoch, done = self.step_in_epoch + 1, done + 1
+            self._note(parts, word.waited, time.perf_counter() - asked)
             for name, value in parts.items():
                 self.totals[name] = self.totals.get(name, 0.0) + value
             passed = time.perf_counter() - start
@@ -331,10 +333,31 @@ class Run:
         passed = time.perf_counter() - start
         return means | {"img_s": done * batch_size / passed, "data_wait": waited / passed}
 
+    def _note(self, losses: dict[str, float], waited: float, seconds: float) -> None:
+        """Record the step that has been done, where a row ends with it."""
+        images, step = min(self.settings.train.batch_size, len(self.train_data)), self.schedule.last_epoch
+        row = self.watch.step(step, losses, images=images, waited=waited, seconds=seconds)
+        if row:
+            self.log.scalars("steps", step, row)
+
     def validate(self, stop: Callable[[], int]) -> dict[str, Any]:
         """Evaluate the averaged weights and write the last and, where it is, the best checkpoint."""
         distributed.copy_buffers(self.predictor)
-        figures = evaluate(self.predictor, self.val_loader, self.val_data, self.device, self.console, stop)
+        found: list[Detections] = []
+        averaged, step = self.predictor.detector, self.schedule.last_epoch
+        with watch.first_batch(averaged) as images:
+            figures = evaluate(
+                self.predictor, self.val_loader, self.val_data, self.device, self.console, stop, found.extend
+            )
+        self.measured = {f"val_loss_{name}": value for name, value in figures.pop("losses").items()}
+        if distributed.is_first():
+            cfg, most = self.settings.train, max(1, self.epochs // PICTURES)
+            pictures, histograms = (self.log.pictures and cfg.due(self.epoch, n) for n in (most, cfg.histograms))
+            seen = watch.look(averaged, self.detector, images[0], histograms)
+            self.measured |= seen.shares
+            watch.record(self.log, step, self.val_data, figures, found, pictures)
+            if histograms:
+                self.log.histograms(step, watch.weights(self.detector) | seen.histograms)
         names = [checkpoint.LAST]
         self.stale += 1
         if figures["mAP"] > self.best:
@@ -343,6 +366,11 @@ class Run:
         for name in names:
             self.write(name, figures)
         return figures
+
+    def unmeasured(self) -> dict[str, float]:
+        """What the row of an epoch without evaluation has in its place."""
+        losses = [f"val_loss_{name}" for name in self.totals]
+        return dict.fromkeys((*FIGURES, *losses, *watch.CHANNELS), math.nan)
 
     def write(self, name: str, figures: dict[str, Any]) -> None:
         """Write the averaged weights as a checkpoint of that name."""
@@ -403,17 +431,18 @@ def _connected(settings: config.Config) -> AbstractContextManager[None]:
     return distributed.group(pick_device(settings.train.device), settings.train.timeout)
 
 
-def start(settings: config.Config, console: Console, ends: float = math.inf) -> Path:
+def start(settings: config.Config, console: Console, ends: float = math.inf, judge: Judge | None = None) -> Path:
     """Train a new run. Returns its folder. Raises UserError for the user's mistakes, Interrupted when stopped.
 
-    ends: the time (as time.time() has it) after which no step begins: the run is evaluated, and can be resumed.
+    ends: the time (as time.time() has it) after which no step begins: the run is evaluated, and can be resumed. judge:
+    is told the figures of each epoch's evaluation, and ends the run by raising what it likes.
     """
     with _connected(settings):
         begun = distributed.remembered()
-        return _resume(begun, console, (), ends) if begun else _start(settings, console, ends)
+        return _resume(begun, console, (), ends, judge) if begun else _start(settings, console, ends, judge)
 
 
-def _start(settings: config.Config, console: Console, ends: float) -> Path:
+def _start(settings: config.Config, console: Console, ends: float, judge: Judge | None) -> Path:
     rule, settings = settings.train.scaling, distributed.scaled(settings)
     if rule != settings.train.scaling:
         lr, images = settings.train.optimizer.lr, settings.train.batch_size
@@ -422,6 +451,7 @@ def _start(settings: config.Config, console: Console, ends: float) -> Path:
     folders = {name: path.absolute() for name in ("root", "cache") if (path := getattr(settings.data, name))}
     settings = settings.model_copy(update={"data": settings.data.model_copy(update=folders)})
     with distributed.joint():
+        loggers.check(settings)
         run = Run(settings, console)
         report = weights.load(run.detector, settings.model, run.classes)
     if report:
@@ -438,26 +468,34 @@ def _start(settings: config.Config, console: Console, ends: float) -> Path:
         if distributed.is_first():
             run.folder = next_folder(settings.runs / f"{settings.name}-")
             atomic_write(run.folder / "config.yaml", config.dump(settings))
+            atomic_write(run.folder / loggers.CLASSES, watch.objects(train=run.train_data, val=run.val_data))
             findings.write(run.folder / "findings.jsonl", (*run.train_data.findings, *run.val_data.findings))
             run.save_state()
     run.folder = distributed.broadcast(run.folder)
     distributed.remember(run.folder)
-    return _loop(run, ends)
+    return _loop(run, ends, judge)
 
 
-def resume(folder: Path, console: Console, changes: Sequence[str] = (), ends: float = math.inf) -> Path:
+def resume(
+    folder: Path,
+    console: Console,
+    changes: Sequence[str] = (),
+    ends: float = math.inf,
+    judge: Judge | None = None,
+) -> Path:
     """Go on with a run that was stopped, from its last saved state, to what it would have come to without a stop.
 
-    changes: assignments to settings of `CHANGEABLE`. Raises UserError for others. ends: as `start` has it.
+    changes: assignments to settings of `CHANGEABLE`. Raises UserError for others. ends, judge: as `start` has
+    them.
     """
     for change in changes:
         if change.partition("=")[0] not in CHANGEABLE:
             raise UserError(f"--set {change}: a resumed run keeps its settings, but for {', '.join(CHANGEABLE)}")
     with _connected(config.load(folder / "config.yaml", changes)):
-        return _resume(folder, console, changes, ends)
+        return _resume(folder, console, changes, ends, judge)
 
 
-def _resume(folder: Path, console: Console, changes: Sequence[str], ends: float) -> Path:
+def _resume(folder: Path, console: Console, changes: Sequence[str], ends: float, judge: Judge | None) -> Path:
     with distributed.joint():
         state = checkpoint.read_state(folder) if distributed.is_first() else {}
         settings = config.load(folder / "config.yaml", changes)
@@ -470,44 +508,21 @@ def _resume(folder: Path, console: Console, changes: Sequence[str], ends: float)
     run.restore(state)
     console.print(f"going on after step {run.step_in_epoch} of epoch {run.epoch + 1}", highlight=False)
     distributed.remember(folder)
-    return _loop(run, ends)
+    return _loop(run, ends, judge)
 
 
-class _Log:
-    """metrics.csv and TensorBoard events of a run; a resumed run's are continued after its epoch `epoch`."""
-
-    def __init__(self, folder: Path, tensorboard: bool, epoch: int) -> None:
-        self.path = folder / "metrics.csv"
-        self.events = SummaryWriter(folder, purge_step=epoch + 1) if tensorboard else None
-        if self.path.exists():
-            # A kill between a row and the state that goes with it would leave the row twice.
-            lines = self.path.read_text(encoding="utf-8").splitlines()[: epoch + 1]
-            atomic_write(self.path, "".join(f"{line}\n" for line in lines))
-
-    def add(self, row: dict[str, float]) -> None:
-        """One epoch's figures."""
-        new = not self.path.exists()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(row)
-            writer.writerow([round(value, 6) for value in row.values()])
-        if self.events:
-            for name, value in row.items():
-                self.events.add_scalar(name, value, int(row["epoch"]))
-            self.events.flush()
-
-
-def _loop(run: Run, ends: float) -> Path:
-    """Train, evaluate and save until the last epoch, or until the time is up."""
+def _loop(run: Run, ends: float, judge: Judge | None) -> Path:
+    """Train, evaluate and save until the last epoch, until the time is up, or until `judge` raises."""
     run.ends = ends
     cfg, console = run.settings.train, run.console
-    log = _Log(run.folder, cfg.tensorboard, run.epoch) if distributed.is_first() else None
+    with distributed.joint():
+        if distributed.is_first():
+            run.log = loggers.open_all(run.folder, run.settings, run.schedule.last_epoch, console)
     processes = f"   {distributed.ranks()} processes" if distributed.ranks() > 1 else ""
     console.print(f"run: {run.folder}   device: {run.device}{processes}   {len(run.loader)} steps an epoch")
     figures: dict[str, Any] = {}
     run.wrap()
-    with _stop_signals() as stop:
+    with _stop_signals() as stop, closing(run.log):
         while not run.finished:
             began = time.perf_counter()
             run.hold()
@@ -524,14 +539,15 @@ def _loop(run: Run, ends: float) -> Path:
                 run.schedule.measured(figures["mAP"])
                 last |= bool(cfg.until) and figures["mAP50"] >= cfg.until
                 last |= 0 < cfg.patience <= run.stale
-                row |= {name: figures[name] for name in FIGURES}
+                row |= {name: figures[name] for name in FIGURES} | run.measured
             else:
                 figures = {}
-                row |= dict.fromkeys(FIGURES, math.nan)
+                row |= run.unmeasured()
             run.epoch, run.step_in_epoch, run.totals, run.finished = run.epoch + 1, 0, {}, last
-            row["seconds"] = time.perf_counter() - began
-            if log:
-                log.add(row)
+            row |= {"memory": watch.memory(run.device), "seconds": time.perf_counter() - began}
+            run.log.scalars("metrics", run.schedule.last_epoch, row)
+            if judge and figures:
+                judge(run, figures)  # before the state is saved: after a kill it is told again, rather than never
             run.save_state()
             console.print(_line(row, run.epochs), highlight=False)
         if not run.finished:
