@@ -135,7 +135,9 @@ def importances(study: optuna.Study) -> dict[str, float]:
     if count < _FEWEST:
         return {}
     good = min(0.5, max(0.1, 5 / count))
-    return optuna.importance.get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=good))
+    # Against the whole space, not against the other finished trials: the bad ones have been pruned.
+    evaluator = PedAnovaImportanceEvaluator(target_quantile=good, evaluate_on_local=False)
+    return optuna.importance.get_param_importances(study, evaluator=evaluator)
 
 
 def plots(plan: Plan, study: optuna.Study) -> dict[str, bytes]:
@@ -144,7 +146,7 @@ def plots(plan: Plan, study: optuna.Study) -> dict[str, bytes]:
 
     frozen = [trial for trial in study.get_trials(deepcopy=False) if trial.value is not None]
     shares = importances(study)
-    columns = min(3, len(plan.space))
+    columns = min(3, math.ceil(len(plan.space) ** 0.5))
     rows = -(-len(plan.space) // columns)
     pictures = {}
     sizes = {"history": (6.4, 4.0), "slices": (3.2 * columns, 2.6 * rows + 0.4), "importance": (6.4, 3.2)}
@@ -187,6 +189,10 @@ def _plot_importance(axes: Any, shares: Mapping[str, float]) -> None:
     axes.tick_params(axis="y", labelsize=8)
 
 
+def _ends(distribution: Any) -> tuple[float, float]:
+    return distribution.low, distribution.high
+
+
 def _plot_slices(figure: Any, grid: Any, plan: Plan, frozen: Sequence[FrozenTrial]) -> None:
     panels = list(grid.flat)
     dots = None
@@ -199,10 +205,16 @@ def _plot_slices(figure: Any, grid: Any, plan: Plan, frozen: Sequence[FrozenTria
             values = [choices.index(value) for value in values]
             axes.set_xticks(range(len(choices)), [f"{choice!s:.16}" for choice in choices], rotation=30, fontsize=7)
         elif distribution is not None and getattr(distribution, "log", False):
+            low, high = ((min, max)[end]([limit, *values]) for end, limit in enumerate(_ends(distribution)))
+            ticks = [low, (low * high) ** 0.5, high]
             axes.set_xscale("log")
-        numbers = [trial.number for trial in own]
-        shades: Any = {"c": numbers, "cmap": "viridis", "vmin": 0, "vmax": max(numbers, default=1)}
-        dots = axes.scatter(values, [trial.value for trial in own], s=18, **shades)
+            axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+            axes.minorticks_off()
+        for marker, state in (("o", TrialState.COMPLETE), ("x", TrialState.PRUNED)):
+            chosen = [(x, t.value, t.number) for x, t in zip(values, own, strict=True) if t.state == state]
+            shades: Any = {"cmap": "viridis", "vmin": 0, "vmax": max((t.number for t in frozen), default=1)}
+            x, y, numbers = zip(*chosen, strict=True) if chosen else ((), (), ())
+            dots = axes.scatter(x, y, c=numbers, marker=marker, s=18, **shades)
         axes.set_title(name, fontsize=8)
         axes.tick_params(labelsize=7)
     for axes in panels[len(plan.space) :]:
@@ -210,4 +222,4 @@ def _plot_slices(figure: Any, grid: Any, plan: Plan, frozen: Sequence[FrozenTria
     for row in grid:
         row[0].set_ylabel(plan.objective, fontsize=8)
     if dots is not None:
-        figure.colorbar(dots, ax=grid, label="trial", shrink=0.8)
+        figure.colorbar(dots, ax=grid, label="trial (crosses: pruned)", shrink=0.8)
