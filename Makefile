@@ -20,10 +20,10 @@ demo: setup  ## the whole job on made-up shelf photos: data, training, evaluatio
 	@$(BIN)/detkit demo
 
 test: setup  ## the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: setup  ## fuzzing, kills and other long tests
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: setup  ## ruff, mypy and the layers
 	$(BIN)/ruff check .

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -29,6 +32,9 @@ from detkit.runtime.session import Raw, detect_with
 from detkit.types import Detections
 
 BEST, LAST, STATE = "best.safetensors", "last.safetensors", "state.pt"
+PREVIOUS = "state.previous.pt"
+# A state's first line: this and the SHA-256 of the rest.
+_HEAD, _DIGITS = b"detkit state, sha256 ", 64
 
 
 def pick_device(wanted: config.Device) -> torch.device:
@@ -134,11 +140,20 @@ def write(
         "metrics": json.dumps(metrics),
     }
     plain = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    atomic_write(path, save(plain, metadata))
+    atomic_write(path, save(plain, metadata | {"sha256": _digest(plain, metadata)}))
+
+
+def _digest(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of all that a checkpoint says."""
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a checkpoint. Raises UserError where the file is not one of detkit's."""
+    """Read a checkpoint. Raises UserError where the file is not one of detkit's, or not as it was written."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -147,6 +162,8 @@ def read(path: Path) -> Checkpoint:
         raise UserError(f"{path}: cannot be read as a checkpoint ({error})") from None
     if "detkit" not in metadata:
         raise UserError(f"{path}: not a checkpoint of detkit; for weights alone use --set model.weights={path}")
+    if metadata.pop("sha256", None) != _digest(weights, metadata):
+        raise UserError(f"{path}: damaged: it is not as it was written (its digest differs); take another checkpoint")
     try:
         settings = config.parse(yaml.safe_load(metadata["config"]), f"{path} (config)")
         classes = tuple(json.loads(metadata["classes"]))
@@ -180,26 +197,95 @@ def _of_run(run: Path) -> Path | None:
 
 def newest_stopped(runs: Path = Path("runs")) -> Path:
     """The folder of the run whose state was saved last. Raises UserError where there is none."""
-    states = list(runs.glob(f"*/{STATE}"))
+    states = [*runs.glob(f"*/{STATE}"), *runs.glob(f"*/{PREVIOUS}")]
     if not states:
         raise UserError(f"{runs}: no run to resume")
     return max(states, key=lambda path: path.stat().st_mtime_ns).parent
 
 
+def class_difference(data: Sequence[str], model: Sequence[str]) -> str:
+    """In words, what classes the data have and the model doesn't, and the reverse."""
+    more, fewer = sorted(set(data) - set(model)), sorted(set(model) - set(data))
+    parts = []
+    for word, names in (("also", more), ("no", fewer)):
+        if names:
+            parts.append(f"{word} {', '.join(names[:5])}" + f" and {len(names) - 5} more" * (len(names) > 5))
+    return "; ".join(parts) or "another order"
+
+
+class _Digested(io.RawIOBase):
+    """Writes through to a file, and keeps the digest of what was written, and the error that kept it from it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Write what resuming needs (weights, optimiser, counters), atomically."""
+    """Write what resuming needs (weights, optimiser, counters), atomically; the state before it stays as PREVIOUS.
+    Raises UserError where it can't be written: then the one there stays as it was."""
     with atomic_file(path) as file:
-        torch.save(state, file)
+        file.write(_HEAD + b"0" * _DIGITS + b"\n")
+        through = _Digested(file)
+        try:
+            torch.save(state, cast("IO[bytes]", through))
+        except RuntimeError:
+            # torch ends its archive in any case, and speaks of that where the disk is full.
+            if through.error is None:
+                raise
+            raise through.error from None
+        file.seek(len(_HEAD))
+        file.write(through.digest.hexdigest().encode())
+        file.flush()
+        os.fsync(file.fileno())  # from here on nothing but names changes
+        if path.exists():
+            path.replace(path.with_name(PREVIOUS))
 
 
-def read_state(run: Path) -> dict[str, Any]:
-    """What `write_state` wrote into a run's folder; nothing but tensors and plain values is admitted."""
-    path = run / STATE
-    if not path.is_file():
-        raise UserError(f"{run}: nothing to resume: it has no {STATE}")
+def read_state(run: Path) -> tuple[dict[str, Any], str]:
+    """What `write_state` wrote into a run's folder, nothing but tensors and plain values admitted; and what there is
+    to say of it: where the last state is damaged, it is the one before. Raises UserError where both are."""
+    said = ""
+    for name in (STATE, PREVIOUS):
+        path = run / name
+        if not path.is_file():
+            continue
+        try:
+            return _read_state(path), said
+        except UserError as error:
+            said = said or str(error)
+    raise UserError(said or f"{run}: nothing to resume: it has no {STATE}")
+
+
+def _read_state(path: Path) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged file
+        content = memoryview(path.read_bytes())
+        head, rest = bytes(content[: len(_HEAD) + _DIGITS + 1]), content[len(_HEAD) + _DIGITS + 1 :]
+        if head != _HEAD + hashlib.sha256(rest).hexdigest().encode() + b"\n":
+            raise UserError(f"{path}: damaged: it is not as it was written (its digest differs)")
+        state: dict[str, Any] = torch.load(io.BytesIO(rest), map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - torch raises many kinds for a file that it doesn't admit
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: cannot be read ({reason})") from None
     return state
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Within, no other process may train into the run's folder; the system ends that with the process, however it
+    ends. Raises UserError where one does."""
+    try:
+        with FileLock(run / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"{run}: another process is training this run; wait for it, or start a new run") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import sys
@@ -136,9 +137,10 @@ def train(
         settings = config.overfit(settings, overfit) if overfit else settings
     else:
         raise UserError("name a config, such as  --config ssd_mobilenet.yaml")
-    if (nproc > 1 or max_restarts) and "RANK" not in os.environ:  # else torchrun has started this
-        from detkit import distributed
+    from detkit import distributed
 
+    if (nproc > 1 or max_restarts or distributed.several_machines()) and "RANK" not in os.environ:
+        # Else torchrun has started this.
         os.environ[ENDS] = str(ends)
         distributed.launch(context.obj, nproc, max_restarts)
     from detkit import train as job
@@ -706,3 +708,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _complain(UserError(f"{error.filename or 'a file'}: can't be written ({error.strerror}): make room"))
+        sys.exit(2)

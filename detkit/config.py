@@ -498,8 +498,9 @@ class Train(Settings):
 
     epochs: PositiveInt | None = Field(None, description="length of the run; or iterations")
     iterations: PositiveInt | None = Field(None, description="length of the run in optimiser steps, instead of epochs")
-    batch_size: PositiveInt = Field(
-        description="images of an optimiser step, of all processes and micro-batches together"
+    batch_size: PositiveInt | Literal["auto"] = Field(
+        description="images of an optimiser step, of all processes and micro-batches together; auto: as many as fit "
+        "into memory, a power of two times the parts"
     )
     accumulate: PositiveInt = Field(
         1, description="micro-batches that each process does its part of a step in, where memory is short"
@@ -533,9 +534,13 @@ class Train(Settings):
         0, ge=0, description="batches over which the loaded backbone's BatchNorm statistics are measured anew at first"
     )
     clip_norm: float = Field(10.0, ge=0, description="largest gradient norm; 0: no clipping")
+    skip: int = Field(
+        0, ge=0, description="steps of the run left out where loss or gradient is not finite; at one more it ends"
+    )
     ema: float = Field(0.9998, ge=0, lt=1, description="decay of the moving average of the weights; 0: none")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
+    compile: bool = Field(False, description="torch.compile backbone and neck, anew for each size of canvas")
     eval_every: PositiveInt = Field(1, description="epochs between evaluations")
     overfit: int = Field(
         0, ge=0, description="train on only so many photos of the split, and evaluate on the same; 0: all"
@@ -582,6 +587,12 @@ class Train(Settings):
         """Whether what comes every so many epochs (0: never) is due at the evaluation after an epoch (0-based)."""
         return every > 0 and (epoch + 1) // every > (epoch + 1 - self.eval_every) // every
 
+    @property
+    def images(self) -> int:
+        """`batch_size`, which in a run is a number."""
+        assert self.batch_size != "auto"
+        return self.batch_size
+
     def steps(self, epoch: int) -> int:
         """Optimiser steps of the run, for so many an epoch."""
         return self.iterations or (self.epochs or 0) * epoch
@@ -594,7 +605,10 @@ class Train(Settings):
 
     @model_validator(mode="after")
     def _pieces(self) -> Train:
-        if self.batch_size % self.accumulate:
+        if self.batch_size == "auto":
+            if self.scaling != "none":
+                raise ValueError(f"scaling {self.scaling} grows with batch_size, which auto leaves open: give a number")
+        elif self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulate, {self.accumulate}")
         return self
 

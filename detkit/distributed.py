@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is exported
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from detkit import config
@@ -55,7 +58,14 @@ def group(device: torch.device, timeout: float) -> Iterator[None]:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    store = _meet()
+    # A process that isn't there yet is not hung: it may have more to import, from a slower disk.
+    store.set(f"here/{rank()}", "")
+    store.wait([f"here/{each}" for each in range(ranks())], _PATIENCE)
+    with contact():
+        dist.init_process_group(
+            backend, store=store, rank=rank(), world_size=ranks(), timeout=timedelta(seconds=timeout)
+        )
     try:
         yield
     except Interrupted:
@@ -65,6 +75,11 @@ def group(device: torch.device, timeout: float) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def local_ranks() -> int:
+    """How many processes of the job are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks() > 1 else 1
+
+
 def connected() -> bool:
     """Whether this is one of several connected processes."""
     return dist.is_available() and dist.is_initialized()
@@ -72,8 +87,6 @@ def connected() -> bool:
 
 def _store() -> Any:
     """What the processes, and those that torchrun starts in their place after a failure, can all read."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # which says so of itself
-
     return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_PATIENCE)
 
 
@@ -84,6 +97,26 @@ def _key(name: str) -> str:
 def _restartable() -> bool:
     """Whether torchrun started this process, with a store that outlives it."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _meet() -> Any:
+    """A store for these processes alone, in which nothing is left of those in whose place they were started: they would
+    take the others' addresses for each other's. Kept by the first process."""
+    if not _restartable():
+        return next(rendezvous("env://", timeout=_PATIENCE))[0]
+    place, store, key = os.environ["MASTER_ADDR"], _store(), _key("meeting")
+    if is_first():
+        own = TCPStore(place, 0, is_master=True, wait_for_workers=False, timeout=_PATIENCE)
+        store.set(key, str(own.port))
+        return own
+    while True:
+        try:
+            theirs = TCPStore(place, int(store.get(key)), is_master=False, timeout=timedelta(seconds=5))
+        except dist.DistNetworkError:  # of an earlier first process: this one's is to come
+            time.sleep(0.2)
+            continue
+        theirs.set_timeout(_PATIENCE)
+        return theirs
 
 
 def remember(folder: Path) -> None:
@@ -201,7 +234,7 @@ def contact() -> Iterator[None]:
     except RuntimeError as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         lost = isinstance(error, dist.DistBackendError) or "gloo" in reason or "Timed out" in reason
-        if not connected() or not lost:
+        if ranks() == 1 or not lost:
             raise
         raise UserError(f"another process of this job is gone or hung (train.timeout): {reason[:200]}") from error
 
@@ -213,8 +246,7 @@ def wrap(model: nn.Module) -> nn.Module:
 
 def workers(wanted: int) -> int:
     """Loader processes of this process: so many, but no more than its share of the machine's cores."""
-    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(wanted, max(1, share))
+    return min(wanted, max(1, (os.cpu_count() or 1) // local_ranks()))
 
 
 def scaled(settings: config.Config) -> config.Config:
@@ -224,35 +256,47 @@ def scaled(settings: config.Config) -> config.Config:
         return settings
     factor = count if cfg.scaling == "linear" else count**0.5
     optimizer = cfg.optimizer.model_copy(update={"lr": cfg.optimizer.lr * factor})
-    changes = {"batch_size": cfg.batch_size * count, "optimizer": optimizer, "scaling": "none"}
+    changes = {"batch_size": cfg.images * count, "optimizer": optimizer, "scaling": "none"}
     return settings.model_copy(update={"train": cfg.model_copy(update=changes)})
+
+
+def several_machines() -> bool:
+    """Whether torchrun's variables speak of the job's machines."""
+    return "PET_NNODES" in os.environ
 
 
 def launch(words: list[str], processes: int, restarts: int) -> NoReturn:
     """Run ``detkit WORDS`` in so many processes on this machine under torchrun, which starts all of them anew after a
-    failure, `restarts` times at most; end with the exit code of the first that failed."""
+    failure, `restarts` times at most; end with the exit code of the first that failed. Other machines of the job are
+    named by torchrun's own variables (PET_NNODES, PET_RDZV_ENDPOINT, ...), as Kubeflow sets them."""
     import logging
     import sys
 
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what there is to say is said here
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "-m", "detkit"]
+    options = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "-m", "detkit"]
+    if not several_machines():
+        options.insert(0, "--standalone")
     try:
         arguments = run.parse_args(options)  # type: ignore[no-untyped-call]
         arguments.training_script_args = words  # not parsed: some look like torchrun's own
         run.run(arguments)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        number, failure = error.get_first_failure()
+        _, failure = error.get_first_failure()
         if failure.exitcode > 0:
             sys.exit(failure.exitcode)  # it has said why
         name = signal.Signals(-failure.exitcode).name
         how = "go on with  detkit train --resume  (--max-restarts does so by itself)"
-        print(f"detkit: process {number} of {processes} was ended by {name}; {how}", file=sys.stderr)  # noqa: T201
+        print(f"detkit: process {failure.local_rank} of {processes} was ended by {name}; {how}", file=sys.stderr)  # noqa: T201
         sys.exit(128 - failure.exitcode)
     except SignalException as stop:
         sys.exit(128 + stop.sigval)
+    except RendezvousError as error:
+        print(f"detkit: the processes of this job don't find each other: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
     sys.exit(0)

@@ -35,8 +35,10 @@ _EXTRAS = {
         (
             "albumentations",
             "cv2",
+            "filelock",
             "onnx",
             "onnxscript",
+            "psutil",
             "pycocotools",
             "safetensors",
             "tensorboard",

@@ -165,8 +165,9 @@ def run(
         data = data.model_copy(update={"format": file_format})
     dataset = cache.load_split(data, split or data.val, console)
     if dataset.classes != trained.classes:
-        raise UserError(f"{data.root}: its classes are not those of {trained.path}: {_difference(dataset, trained)}")
-    loader = Loader(EvalSet(dataset, settings.input), settings.train.batch_size, settings.train.workers)
+        difference = checkpoint.class_difference(dataset.classes, trained.classes)
+        raise UserError(f"{data.root}: its classes are not those of {trained.path}: {difference}")
+    loader = Loader(EvalSet(dataset, settings.input), settings.train.images, settings.train.workers)
     where = pick_device(device)
     predictor = trained.predictor().to(where)
     if class_agnostic:
@@ -182,9 +183,3 @@ def run(
     if json_file:
         atomic_write(json_file, json.dumps(figures, indent=1) + "\n")
     return figures
-
-
-def _difference(dataset: DataSet, trained: checkpoint.Checkpoint) -> str:
-    more, fewer = set(dataset.classes) - set(trained.classes), set(trained.classes) - set(dataset.classes)
-    parts = [f"{word} {', '.join(sorted(names)[:5])}" for word, names in (("also", more), ("no", fewer)) if names]
-    return "; ".join(parts) or "another order"

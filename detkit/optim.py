@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,6 +18,8 @@ from detkit.nn.detector import Detector
 
 # Of the quintic iteration: they bring singular values from (0, 1] to about 0.7 to 1.2 in five steps (Jordan 2024).
 _QUINTIC, _STEPS = (3.4445, -4.7750, 2.0315), 5
+# A first step may be left out: gradients overflow in 16 bits, losses are not finite.
+warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
 # Root mean square of an update, as AdamW's usually are: so one learning rate and one weight decay fit both (Liu 2025).
 _RMS = 0.2
 

@@ -9,7 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from detkit import checkpoint, config, distributed, loggers, watch
+from detkit import checkpoint, config, distributed, guards, loggers, watch
 from detkit.checkpoint import pick_device
 from detkit.console import bar, counting, duration
 from detkit.data import cache, findings, pixels, stats
@@ -35,15 +35,25 @@ from detkit.nn.contract import Losses
 from detkit.nn.detector import Detector, Predictor, Trainable
 from detkit.nn.layers import batch_norms
 from detkit.optim import Schedule, make_optimizer
-from detkit.types import Batch, Detections
+from detkit.types import Batch, Detections, Targets
 
 # What of a Run is saved for resuming.
 PARTS = ("detector", "predictor", "optimizer", "schedule", "scaler", "watch")
-COUNTERS = ("best", "stale", "epoch", "step_in_epoch", "totals", "finished")
+COUNTERS = ("best", "stale", "epoch", "step_in_epoch", "totals", "counted", "skipped", "finished")
 # What of a run's settings may be others once it is resumed: the weights stay what they would be (with another number of
 # micro-batches, but for rounding).
-CHANGEABLE = ("train.workers", "train.device", "train.accumulate", "train.save_steps", "train.timeout")
+CHANGEABLE = (
+    "train.workers",
+    "train.device",
+    "train.accumulate",
+    "train.skip",
+    "train.save_steps",
+    "train.timeout",
+    "train.compile",
+)
 LOG_EVERY = 60.0  # seconds between lines of progress where there is no terminal for a bar
+# train.batch_size auto: most images that a process takes at a time, and fewest steps that an epoch is to have.
+MOST, MOST_CPU, FEWEST_STEPS = 1024, 32, 8
 FEW = 8  # images from which BatchNorm's statistics can be relied on
 TIME_UP = 1  # why a run stops, where it is no signal; this number's is none that it listens to
 PICTURES = 20  # evaluations about, in a run, whose sample photos and curves are recorded
@@ -95,8 +105,10 @@ class Run:
         self.folder = Path()
         self.best, self.epoch, self.step_in_epoch, self.finished = -1.0, 0, 0, False
         self.stale = 0  # evaluations since the best one
+        self.skipped = 0  # steps that were left out
         self.ends = math.inf  # when its time is up, as time.time() has it
         self.totals: dict[str, float] = {}  # of the losses, in this epoch
+        self.counted = 0  # steps that they are of
         self.stopped = 0  # number of the signal that asked for an end, or TIME_UP
         self.device = distributed.own_device(pick_device(cfg.device))
         with distributed.first_on_node("data"):
@@ -111,6 +123,8 @@ class Run:
         layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
         self.detector.to(self.device).to(memory_format=layout)
         self.predictor = Predictor(self.detector, settings.model.select)
+        if cfg.compile:
+            self.detector.quicken()
         self.trainable = Trainable(self.detector.train())
         self.model: nn.Module = self.trainable  # or what several processes train it with
         self.optimizer = make_optimizer(self.detector, cfg.optimizer)
@@ -122,8 +136,8 @@ class Run:
         rare = cfg.sampler == "repeat-factor"
         factors = repeat_factors(self.train_data, cfg.repeat_threshold) if rare else None
         part = Part(rank, ranks, cfg.accumulate)
-        self.loader = Loader(train_set, cfg.batch_size, workers, seed=cfg.seed, factors=factors, pin=pin, part=part)
-        val_set, val_batch = EvalSet(self.val_data, settings.input), cfg.batch_size // cfg.accumulate
+        self.loader = Loader(train_set, cfg.images, workers, seed=cfg.seed, factors=factors, pin=pin, part=part)
+        val_set, val_batch = EvalSet(self.val_data, settings.input), cfg.images // cfg.accumulate
         self.val_loader = Loader(val_set, val_batch, workers, pin=pin, part=Part(rank, ranks))
         self.steps = cfg.steps(len(self.loader))
         self.epochs = -(-self.steps // len(self.loader))  # the last may end early
@@ -136,7 +150,7 @@ class Run:
     def _check_pieces(self) -> None:
         """Raise UserError where the batches can't be divided."""
         cfg, ranks = self.settings.train, distributed.ranks()
-        if cfg.batch_size % self.pieces:
+        if cfg.images % self.pieces:
             over = f"{ranks} processes" + f" of {cfg.accumulate} micro-batches" * (cfg.accumulate > 1)
             raise UserError(f"train.batch_size: {cfg.batch_size} images can't be divided equally over {over}")
         if len(self.train_data) < self.pieces:
@@ -187,10 +201,19 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What `restore` takes."""
         counters = {name: getattr(self, name) for name in COUNTERS}
+        counters |= {"classes": self.classes, "data": self.train_data.digest()}
         return {name: getattr(self, name).state_dict() for name in PARTS} | counters
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from where `state` was taken."""
+        """Go on from where `state` was taken. Raises UserError where the data are others."""
+        if tuple(state["classes"]) != self.classes:
+            difference = checkpoint.class_difference(self.classes, state["classes"])
+            raise UserError(f"{self.train_data.root}: its classes are not those of {self.folder}: {difference}")
+        if state["data"] != self.train_data.digest():
+            raise UserError(
+                f"{self.train_data.root}: its training photos or their annotations are not what they were when "
+                f"{self.folder} began; start a new run, from this one's weights with  --init {self.folder}"
+            )
         for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
         for name in COUNTERS:
@@ -234,8 +257,8 @@ class Run:
         return losses
 
     def train_step(self, *pieces: Batch) -> dict[str, float]:
-        """One optimiser step on this process' micro-batches of the batch; returns the parts of the whole batch's loss.
-        Raises UserError where the loss is not finite.
+        """One optimiser step on this process' micro-batches of the batch; returns the parts of the whole batch's loss;
+        none where the step was left out. Raises UserError where loss or gradient is not finite once too often.
 
         Each part of the loss is its sum over the batch divided by its denominator over the batch, which is known when
         the last micro-batch of every process has been through the network. Until then gradients are kept apart that
@@ -243,8 +266,10 @@ class Run:
         they fit into 16 bits.
         """
         cfg, *earlier = self.settings.train, *pieces[:-1]
+        step = self.schedule.last_epoch + 1
         parameters = [parameter for parameter in self.detector.parameters() if parameter.requires_grad]
         self.optimizer.zero_grad(set_to_none=True)
+        buffers = [buffer.clone() for buffer in self.detector.buffers()] if cfg.skip else []
         groups: list[list[int]] = []
         held: list[tuple[Tensor, ...]] = []  # the gradients of each group, in order of the parameters
         seen: list[Tensor] = []
@@ -271,22 +296,97 @@ class Run:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         total = (torch.stack([*losses.sums.values()]) * weights).sum()
         self.scaler.scale(total).backward()
-        values = dict(zip(losses.sums, (sums / denoms.clamp(min=1)).tolist(), strict=True))
-        if not all(math.isfinite(value) for value in values.values()):
-            self.log.scalars("steps", self.schedule.last_epoch + 1, self.watch.broken(values))
-            own = [Path(self.train_data[int(i)].path).name for batch in pieces for i in batch.index]
-            names = ", ".join(itertools.chain(*distributed.gather(own)))
-            raise UserError(f"the loss is no longer finite ({values}); lower the learning rate. Photos: {names}")
         self.scaler.unscale_(self.optimizer)
-        self.watch.gradients(self.schedule.last_epoch + 1)
-        self.scaler.step(self.optimizer)
+        norm = self.watch.gradients(step)
+        *means, size = torch.cat([sums / denoms.clamp(min=1), norm.view(1)]).tolist()
+        values = dict(zip(losses.sums, means, strict=True))
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        # In 16 bits gradients overflow now and then: the scaler leaves such a step out, and makes them smaller.
+        if not broken and not math.isfinite(size) and self.scaler.get_scale() <= 1:
+            broken = ["gradient"]
+        if broken:
+            self._leave_out(broken, values, pieces, torch.stack(seen))
+            for buffer, before in zip(self.detector.buffers(), buffers, strict=True):
+                buffer.copy_(before)  # BatchNorm has seen what broke the loss
+        else:
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.watch.moved([group["lr"] for group in self.optimizer.param_groups])
         self.schedule.step()
-        step = self.schedule.last_epoch
         # The average follows fast at first (the weights move far), then with the set decay.
         self.predictor.follow(self.detector, min(cfg.ema, step / (step + 10)))
-        return values
+        return {} if broken else values
+
+    def _leave_out(
+        self, broken: list[str], values: dict[str, float], pieces: Sequence[Batch], seen: Tensor
+    ) -> None:
+        """Note a step in which those parts of the loss are not finite. Raises UserError where it is one too many.
+
+        seen: sums and denominators of each micro-batch of this process, float32 [pieces, 2, parts].
+        """
+        guilty = ~seen.isfinite().all((1, 2)).cpu()
+        bad = [batch for batch, is_bad in zip(pieces, guilty, strict=True) if is_bad]
+        found = distributed.gather([self.train_data.name(int(i)) for batch in bad for i in batch.index])
+        names = ", ".join(itertools.chain(*found)) or "those of the whole batch"
+        what = f"step {self.schedule.last_epoch + 1}: not finite: {', '.join(broken)}"
+        self.skipped += 1
+        budget = self.settings.train.skip
+        if self.skipped > budget:
+            what += f", after {budget} such steps left out" * (budget > 0)
+            self.log.scalars("steps", self.schedule.last_epoch + 1, self.watch.broken(values))
+            how = "lower train.optimizer.lr, or leave a few such steps out with train.skip=10"
+            raise UserError(f"{what}; {how}. Photos: {distributed.broadcast(names)}")
+        self.console.print(f"{what}; left out ({self.skipped} of {budget}). Photos: {names}", style="yellow")
+        self.watch.left_out(values)
+
+    def guarded_step(self, pieces: Sequence[Batch]) -> dict[str, float]:
+        """`train_step`; what torch raises where memory or a compiler is short becomes a UserError."""
+        try:
+            with distributed.contact():
+                return self.train_step(*pieces)
+        except (RuntimeError, MemoryError) as error:
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                reason = next(filter(None, str(error).splitlines()), type(error).__name__)
+                raise UserError(
+                    f"train.compile: torch can't compile this network here ({reason[:200]}); set train.compile=false"
+                ) from error
+            if not guards.is_short(error):
+                raise
+            guards.release(error, self.device)
+        raise self.short(pieces)
+
+    def rehearse(self, batch: Batch) -> None:
+        """A step on a batch by this process alone, for the memory that it takes: what it does to the weights is of no
+        use."""
+        several = self.settings.train.accumulate > 1 or distributed.ranks() > 1
+        # Gradients of earlier micro-batches, or those that the processes add up.
+        held = [torch.empty_like(parameter) for parameter in self.detector.parameters() for _ in range(2 * several)]
+        losses = self.losses(self.trainable, batch, 0)
+        torch.stack([*losses.sums.values()]).sum().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        del held
+
+    def short(self, pieces: Sequence[Batch]) -> UserError:
+        """What to say where the memory was too small for these micro-batches."""
+        cfg, batch = self.settings.train, max(pieces, key=lambda piece: len(piece.index))
+        count = len(batch.index)
+        said = f"{self.device}: out of memory with {count} images at a time"
+        self.settings = _changed(self.settings, accumulate=2)
+        self.optimizer.zero_grad(set_to_none=True)
+        while count := count // 2:
+            if guards.fits(lambda: self.rehearse(_first(batch, count)), self.device):
+                break
+        if not count:
+            return UserError(f"{said}, and with a single one: set a smaller input.size, or another backbone")
+        ranks = distributed.ranks()
+        each = cfg.images // ranks
+        parts = next(n for n in range(1, each + 1) if each % n == 0 and each <= n * count)
+        how = f"go on with  detkit train --resume {self.folder} --set train.accumulate={parts}"
+        return UserError(
+            f"{said}; {count} fit: {how} , which keeps the batch of {cfg.images}, or start anew with "
+            f"train.batch_size={count * self.pieces}"
+        )
 
     def train_epoch(self, progress: Progress, stop: Callable[[], int]) -> dict[str, float]:
         """Train to the end of the current epoch, or until asked to stop; returns mean losses and images a second."""
@@ -294,7 +394,7 @@ class Run:
         task = progress.add_task("", total=self.epoch_steps, completed=self.step_in_epoch)
         done, told, waited, start = 0, 0.0, 0.0, time.perf_counter()
         size, first = self.settings.input.size, self.epoch * len(self.loader)
-        batch_size = min(cfg.batch_size, len(self.train_data))
+        batch_size = min(cfg.images, len(self.train_data))
         close = self.epoch >= self.epochs - self.settings.augment.close_epochs
         batches = self.loader.epoch(
             self.epoch,
@@ -309,15 +409,15 @@ class Run:
             self.stopped, waited = word.stop, waited + word.waited
             if self.stopped:
                 break
-            with distributed.contact():
-                parts = self.train_step(*pieces)
+            parts = self.guarded_step(pieces)
             self.step_in_epoch, done = self.step_in_epoch + 1, done + 1
+            self.counted += bool(parts)
             self._note(parts, word.waited, time.perf_counter() - asked)
             for name, value in parts.items():
                 self.totals[name] = self.totals.get(name, 0.0) + value
             passed = time.perf_counter() - start
             left = self.steps - self.epoch * len(self.loader) - self.step_in_epoch
-            losses = " ".join(f"{name} {total / self.step_in_epoch:.3f}" for name, total in self.totals.items())
+            losses = " ".join(f"{name} {total / self.counted:.3f}" for name, total in self.totals.items())
             status = (
                 f"epoch {self.epoch + 1}/{self.epochs}  {losses}  {done * batch_size / passed:.1f} img/s  "
                 f"data {waited / passed:.0%}  run ends in {duration(left * passed / done)}"
@@ -329,13 +429,13 @@ class Run:
             if cfg.save_steps and self.schedule.last_epoch % cfg.save_steps == 0:
                 self.save_state()
         progress.remove_task(task)
-        means = {f"loss_{name}": total / self.step_in_epoch for name, total in self.totals.items()}
+        means = {f"loss_{name}": total / self.counted for name, total in self.totals.items()}
         passed = time.perf_counter() - start
         return means | {"img_s": done * batch_size / passed, "data_wait": waited / passed}
 
     def _note(self, losses: dict[str, float], waited: float, seconds: float) -> None:
         """Record the step that has been done, where a row ends with it."""
-        images, step = min(self.settings.train.batch_size, len(self.train_data)), self.schedule.last_epoch
+        images, step = min(self.settings.train.images, len(self.train_data)), self.schedule.last_epoch
         row = self.watch.step(step, losses, images=images, waited=waited, seconds=seconds)
         if row:
             self.log.scalars("steps", step, row)
@@ -395,6 +495,44 @@ def _spread(data: DataSet, photos: int) -> DataSet:
     return data.take(filled[chosen])
 
 
+def _changed(settings: config.Config, **changes: Any) -> config.Config:
+    """The settings with other ones of `train`."""
+    return settings.model_copy(update={"train": settings.train.model_copy(update=changes)})
+
+
+def _first(batch: Batch, count: int) -> Batch:
+    """Its first so many images."""
+    targets = type(batch.targets)(*(column[:count] for column in batch.targets))
+    return Batch(batch.images[:count], targets, batch.plans[:count], batch.index[:count])
+
+
+def _dense(run: Run, count: int) -> Batch:
+    """A batch of so many images that takes as much memory as any of the run's: on its largest canvas, with the objects
+    of its densest photo (with mosaic, of four)."""
+    height, width = run.settings.train.largest_canvas(run.settings.input.size)
+    most = int(np.diff(run.train_data.box_ends, prepend=0).max()) * (4 if run.settings.augment.mosaic else 1)
+    padded = 1 << max(0, most - 1).bit_length()
+    corners = torch.rand(count, padded, 2, 2).sort(2).values.flatten(2)
+    boxes = corners * torch.tensor([width, height, width, height])
+    labels = torch.zeros(count, padded, dtype=torch.int64)
+    images = torch.zeros(count, height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    return Batch(images, Targets(boxes, labels, labels.bool()), (None,) * count, torch.arange(count))
+
+
+def _settled(settings: config.Config, console: Console) -> config.Config:
+    """The settings with a number for `train.batch_size`: where they leave it open, one that fits into memory."""
+    if settings.train.batch_size != "auto":
+        return settings
+    parts = distributed.ranks() * settings.train.accumulate
+    run = Run(_changed(settings, batch_size=parts, cache="none", compile=False, workers=0), console)
+    most = MOST if run.device.type == "cuda" else MOST_CPU
+    limit = max(1, min(most, len(run.train_data) // FEWEST_STEPS // parts))
+    count = guards.largest(lambda images: run.rehearse(_dense(run, images)), run.device, limit)
+    why = f"twice as many might not fit into the memory of {run.device}" if count * 2 <= limit else "as many as help"
+    console.print(f"train.batch_size auto is {count * parts}: {why}", highlight=False)
+    return _changed(settings, batch_size=count * parts)
+
+
 def remark(run: Run) -> str | None:
     """What the head has to say of the training photos' objects, as they lie on the canvas; None: nothing."""
     data, canvas = run.train_data, run.settings.input
@@ -416,7 +554,7 @@ def _slow_precision(run: Run) -> str | None:
 
 def _few(run: Run) -> str | None:
     """What to say where BatchNorm sees few images at a time."""
-    each = run.settings.train.batch_size // run.pieces
+    each = run.settings.train.images // run.pieces
     if run.settings.model.norm == "sync_bn":
         each *= distributed.ranks()
     if each >= FEW or not any(norm.training for norm in batch_norms(run.detector)):
@@ -445,13 +583,14 @@ def start(settings: config.Config, console: Console, ends: float = math.inf, jud
 def _start(settings: config.Config, console: Console, ends: float, judge: Judge | None) -> Path:
     rule, settings = settings.train.scaling, distributed.scaled(settings)
     if rule != settings.train.scaling:
-        lr, images = settings.train.optimizer.lr, settings.train.batch_size
+        lr, images = settings.train.optimizer.lr, settings.train.images
         console.print(f"train.scaling {rule}: optimizer.lr is {lr:g} and batch_size {images}", highlight=False)
     # Absolute, so that the run can be resumed, measured and exported from any folder.
     folders = {name: path.absolute() for name in ("root", "cache") if (path := getattr(settings.data, name))}
     settings = settings.model_copy(update={"data": settings.data.model_copy(update=folders)})
     with distributed.joint():
         loggers.check(settings)
+        settings = _settled(settings, console)
         run = Run(settings, console)
         report = weights.load(run.detector, settings.model, run.classes)
     if report:
@@ -473,7 +612,8 @@ def _start(settings: config.Config, console: Console, ends: float, judge: Judge 
             run.save_state()
     run.folder = distributed.broadcast(run.folder)
     distributed.remember(run.folder)
-    return _loop(run, ends, judge)
+    with _alone(run.folder):
+        return _loop(run, ends, judge)
 
 
 def resume(
@@ -495,17 +635,35 @@ def resume(
         return _resume(folder, console, changes, ends, judge)
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within, no other job may train this run. Raises UserError where one does."""
+    with ExitStack() as held:
+        with distributed.joint():
+            if distributed.is_first():
+                held.enter_context(checkpoint.locked(folder))
+        yield
+
+
 def _resume(folder: Path, console: Console, changes: Sequence[str], ends: float, judge: Judge | None) -> Path:
+    folder = distributed.broadcast(folder)
+    with _alone(folder):
+        return _resume_alone(folder, console, changes, ends, judge)
+
+
+def _resume_alone(folder: Path, console: Console, changes: Sequence[str], ends: float, judge: Judge | None) -> Path:
     with distributed.joint():
-        state = checkpoint.read_state(folder) if distributed.is_first() else {}
+        state, damaged = checkpoint.read_state(folder) if distributed.is_first() else ({}, "")
         settings = config.load(folder / "config.yaml", changes)
-    folder, state, settings = distributed.broadcast((folder, state, settings))
+    state, settings = distributed.broadcast((state, settings))
+    if damaged:
+        console.print(f"{damaged}; taking the one before it, {checkpoint.PREVIOUS}", style="yellow", highlight=False)
     if state["finished"]:
         raise UserError(f"{folder}: this run is finished ({state['epoch']} epochs); start a new one to train longer")
     with distributed.joint():
         run = Run(settings, console)
-    run.folder = folder
-    run.restore(state)
+        run.folder = folder
+        run.restore(state)
     console.print(f"going on after step {run.step_in_epoch} of epoch {run.epoch + 1}", highlight=False)
     distributed.remember(folder)
     return _loop(run, ends, judge)
@@ -543,7 +701,7 @@ def _loop(run: Run, ends: float, judge: Judge | None) -> Path:
             else:
                 figures = {}
                 row |= run.unmeasured()
-            run.epoch, run.step_in_epoch, run.totals, run.finished = run.epoch + 1, 0, {}, last
+            run.epoch, run.step_in_epoch, run.totals, run.counted, run.finished = run.epoch + 1, 0, {}, 0, last
             row |= {"memory": watch.memory(run.device), "seconds": time.perf_counter() - began}
             run.log.scalars("metrics", run.schedule.last_epoch, row)
             if judge and figures:

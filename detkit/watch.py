@@ -97,7 +97,7 @@ class Watch:
         self._most: Tensor | None = None  # float32 []: the largest norm of a gradient
         self._moved: Tensor | None = None  # float32 [len(GROUPS)]
         self._losses: dict[str, float] = {}
-        self._host = dict.fromkeys(("loss_max", "steps", "images", "waited", "seconds"), 0.0)
+        self._host = dict.fromkeys(("loss_max", "steps", "left_out", "images", "waited", "seconds"), 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Of plain values: a row begun."""
@@ -116,8 +116,9 @@ class Watch:
         return step <= FIRST or step % self._every == 0 or step == self.steps
 
     @torch.no_grad()
-    def gradients(self, step: int) -> None:
-        """Measure the gradients, whole and unscaled, of the step of that number (from 1), and clip them."""
+    def gradients(self, step: int) -> Tensor:
+        """Measure the gradients, whole and unscaled, of the step of that number (from 1), and clip them; returns their
+        norm before, float32 []."""
         live = [parameter for parameter in self._group if parameter.grad is not None]
         if len(live) != len(self._live):  # some have been frozen or set free
             places = [self._group[parameter] for parameter in live]
@@ -140,6 +141,7 @@ class Watch:
         self._sums = values if self._sums is None else self._sums + values
         self._most = values[0] if self._most is None else torch.maximum(self._most, values[0])
         self._before = torch.cat(self._flat) if self.ends_row(step) else None
+        return total
 
     def _by_group(self, norms: Tensor) -> Tensor:
         """Norms of the live parameters, float32 [P] -> of each group, float32 [len(GROUPS)]."""
@@ -156,12 +158,18 @@ class Watch:
             self._moved = torch.stack(norms[0]) / torch.stack(norms[1])
             self._before = None
 
+    def left_out(self, losses: Mapping[str, float]) -> None:
+        """Note that a step is left out whose losses, or gradients, are not finite."""
+        for name in losses:
+            self._losses.setdefault(name, 0.0)
+        self._host["left_out"] += 1
+
     def step(
         self, step: int, losses: Mapping[str, float], *, images: int, waited: float, seconds: float
     ) -> dict[str, float] | None:
         """Note the step of that number; returns the row that ends with it, if one does.
 
-        images: of the step. waited: for data, of all its `seconds`.
+        losses: none of a step that was left out. images: of the step. waited: for data, of all its `seconds`.
         """
         for name, value in losses.items():
             self._losses[name] = self._losses.get(name, 0.0) + value
@@ -182,9 +190,11 @@ class Watch:
         for place, group in enumerate(GROUPS):
             if place not in self._trained:
                 values[f"grad_{group}"] = values[f"update_{group}"] = math.nan
-        values["skipped"] = host["steps"] - finite
+        values["skipped"] = max(host["steps"] - finite, host["left_out"])
         values["img_s"], values["data_wait"] = (host[name] / host["seconds"] for name in ("images", "waited"))
-        row = self._row({name: total / host["steps"] for name, total in self._losses.items()}, host["loss_max"], values)
+        counted = host["steps"] - host["left_out"] or math.nan
+        means = {name: total / counted for name, total in self._losses.items()}
+        row = self._row(means, host["loss_max"] or math.nan, values)
         self._clear()
         return row
 

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +207,7 @@ def test_find_says_what_is_missing(tmp_path: Path) -> None:
 def test_the_state_is_read_back(tmp_path: Path) -> None:
     state = {"weights": {"a": torch.arange(3.0)}, "epoch": 3, "best": 0.5, "rng": torch.get_rng_state(), "more": [None]}
     checkpoint.write_state(tmp_path / checkpoint.STATE, state)
-    got = checkpoint.read_state(tmp_path)
+    got = checkpoint.read_state(tmp_path)[0]
     assert torch.equal(got["weights"].pop("a"), torch.arange(3.0))
     assert torch.equal(got.pop("rng"), state["rng"])
     assert got == {"weights": {}, "epoch": 3, "best": 0.5, "more": [None]}
@@ -226,9 +228,10 @@ class Evil:
 def test_a_state_that_would_run_code_is_refused(tmp_path: Path, how: str) -> None:
     trap, state = tmp_path / "owned", tmp_path / checkpoint.STATE
     if how == "torch":
-        torch.save({"epoch": Evil(trap)}, state)
+        checkpoint.write_state(state, {"epoch": Evil(trap)})
     else:
-        state.write_bytes(pickle.dumps({"epoch": Evil(trap)}, protocol=2))
+        content = pickle.dumps({"epoch": Evil(trap)}, protocol=2)
+        state.write_bytes(checkpoint._HEAD + hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
     with pytest.raises(UserError, match="cannot be read") as error:
         checkpoint.read_state(tmp_path)
     assert str(state) in str(error.value)
@@ -244,6 +247,64 @@ def test_a_damaged_state(tmp_path: Path, content: bytes | str) -> None:
     checkpoint.write_state(state, {"a": torch.zeros(100)})
     state.write_bytes(state.read_bytes()[:300] if isinstance(content, str) else content)
     refused(checkpoint.read_state, tmp_path)
+
+
+def test_a_flipped_bit_is_found_in_weights_and_words(tiny_config: config.Config, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save(path, tiny_config)
+    whole = path.read_bytes()
+    for at in (whole.index(b"Caf") if b"Caf" in whole else whole.index(b"epoch") + 10, len(whole) - 5):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1
+        path.write_bytes(damaged)
+        refused(checkpoint.read, path)
+    path.write_bytes(whole)
+    checkpoint.read(path)
+
+
+def test_of_two_states_the_one_before_serves_where_the_last_is_damaged(tmp_path: Path) -> None:
+    run = tmp_path / "a-1"
+    state, previous = run / checkpoint.STATE, run / checkpoint.PREVIOUS
+    for step in range(3):
+        checkpoint.write_state(state, {"step": step})
+    assert sorted(file.name for file in run.iterdir()) == [checkpoint.PREVIOUS, checkpoint.STATE]
+    assert checkpoint.read_state(run) == ({"step": 2}, "")
+    content = bytearray(state.read_bytes())
+    content[200] ^= 1
+    state.write_bytes(content)
+    got, said = checkpoint.read_state(run)
+    assert got == {"step": 1}
+    assert said.startswith(f"{state}: damaged")
+    state.unlink()  # as a kill between two renamings leaves it
+    assert checkpoint.read_state(run) == ({"step": 1}, "")
+    assert checkpoint.newest_stopped(tmp_path) == run
+    previous.write_bytes(b"")
+    state.write_bytes(content)
+    assert str(state) in refused(checkpoint.read_state, run)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
+    with checkpoint.locked(tmp_path):
+        other = "import sys\nfrom pathlib import Path\nfrom detkit import checkpoint\n"
+        other += "with checkpoint.locked(Path(sys.argv[1])): pass"
+        done = subprocess.run([sys.executable, "-c", other, tmp_path], capture_output=True, text=True, check=False)
+        assert "another process is training this run" in done.stderr.splitlines()[-1]
+    with checkpoint.locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "words"),
+    [
+        ("abc", "ab", "also c"),
+        ("a", "abc", "no b, c"),
+        ("ax", "ay", "also x; no y"),
+        ("ab", "ba", "another order"),
+        ("abcdefgh", "a", "also b, c, d, e, f and 2 more"),
+    ],
+)
+def test_the_difference_of_two_class_maps(data: str, model: str, words: str) -> None:
+    assert checkpoint.class_difference(data, model) == words
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def same(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> N
     assert weights.keys() == others.keys()
     for name, weight in weights.items():
         apart = (weight - others[name]).double().norm() / weight.double().norm().clamp(min=1e-3)
-        assert apart < 1e-5, (name, float(apart))
+        # Rounding may assign a cell otherwise where two are as good as equal: the last step's loss shows that.
+        assert apart < (1e-3 if name.startswith("loss ") else 1e-5), (name, float(apart))
 
 
 def _work(rank: int, ranks: int, port: int, folder: Path) -> None:

@@ -29,9 +29,10 @@ def config(folder, *more):
 
 
 def start(*arguments, launcher=()):
-    """A training process of its own group, as a terminal would start it."""
+    """A training process of its own group, as a terminal would start it, with one thread: sums depend on how many."""
     command = [sys.executable, *launcher, "-m", "detkit", "train", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
 
 
 def finish(process, code=0, seconds=300):
@@ -57,7 +58,7 @@ def test_a_signal_stops_cleanly_and_resume_ends_where_an_unbroken_run_does(tmp_p
     os.killpg(stopped.pid, number)  # a terminal's Ctrl-C reaches the loader processes too
     err = finish(stopped, code, 60)
     assert err.strip().splitlines() == [f"detkit: stopped; go on with  detkit train --resume {run}"]
-    assert checkpoint.read_state(run)["epoch"] < 4
+    assert checkpoint.read_state(run)[0]["epoch"] < 4
     finish(start("--resume", str(run)))
     same_weights(tmp_path / "runs" / "ssd_shelf-1", run)
 
@@ -99,7 +100,7 @@ def test_a_run_killed_at_any_step_ends_in_the_same_bits_whatever_the_workers(tmp
         process = start("--resume", str(run), "--set", f"train.workers={workers}")
     finish(process)
     whole = tmp_path / "runs" / "ssd_shelf-1"
-    one, other = (checkpoint.read_state(folder) for folder in (whole, run))
+    one, other = (checkpoint.read_state(folder)[0] for folder in (whole, run))
     assert one["finished"]
     assert all(one[part] for part in ("detector", "predictor", "optimizer", "schedule"))
     for part in one:
@@ -154,7 +155,7 @@ def test_two_processes_are_stopped_killed_and_hung_and_end_as_two_nodes_that_nev
     after_saves(run, 3, process)
     os.kill(worker(process, 1), signal.SIGSTOP)  # it is there and says nothing
     finish(process)
-    one, other = (checkpoint.read_state(folder) for folder in (whole, run))
+    one, other = (checkpoint.read_state(folder)[0] for folder in (whole, run))
     for part in one:
         assert equal(one[part], other[part]), part
     same_weights(whole, run)

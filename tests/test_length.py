@@ -60,7 +60,7 @@ def test_a_run_of_iterations_may_end_within_an_epoch(
     cfg = settings(tmp_path, "train.epochs=null", "train.iterations=5", "train.schedule.warmup_steps=0")
     whole = train.start(cfg, console)
     assert [row["epoch"] for row in rows(whole)] == ["1", "2"]
-    state = checkpoint.read_state(whole)
+    state = checkpoint.read_state(whole)[0]
     assert state["finished"]
     assert state["schedule"]["last_epoch"] == 5
     assert float(rows(whole)[-1]["lr"]) == pytest.approx(cfg.train.optimizer.lr * cfg.train.schedule.final)
@@ -135,7 +135,7 @@ def test_a_run_whose_time_is_up_is_measured_and_can_be_gone_on_with(
     assert f"the time is up after step {STEPS + 2} of {3 * STEPS}; go on with  detkit train --resume {stopped}" in said
     last = checkpoint.read(stopped / "last.safetensors")
     assert 0 <= last.metrics["mAP"] <= 1
-    assert not checkpoint.read_state(stopped)["finished"]
+    assert not checkpoint.read_state(stopped)[0]["finished"]
     assert train.resume(stopped, console) == stopped
     same_weights(whole, stopped)
     assert [row["lr"] for row in rows(whole)] == [row["lr"] for row in rows(stopped)]

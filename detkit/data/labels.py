@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from array import array
 from collections.abc import Iterable, Sequence
@@ -241,6 +242,13 @@ class DataSet:
         return Record(
             path, (height, width), self.boxes[chosen], self.labels[chosen].astype(np.int64), self.flags[chosen]
         )
+
+    def digest(self) -> str:
+        """SHA-256 of the photos' names and of what is known of them, wherever they lie."""
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        for column in (self.paths, self.path_ends, self.hw, self.boxes, self.labels, self.flags, self.box_ends):
+            digest.update(np.ascontiguousarray(column).view(np.uint8).data)
+        return digest.hexdigest()
 
     def take(self, rows: NDArray[np.int64]) -> DataSet:
         """Only those photos, in that order; the findings stay those of all."""

@@ -62,6 +62,13 @@ class Detector(nn.Module):
         self.hold(self.backbone.freeze)
         self.dropout = nn.Dropout2d(model.dropout)
 
+    def quicken(self) -> None:
+        """Let torch.compile make kernels of backbone and neck, for each shape of images its own."""
+        # Canvases of many sizes, and parts that are frozen or set free, are compiled in their turn.
+        torch._dynamo.config.recompile_limit = 64
+        for part in (self.backbone, self.neck):
+            part.compile(dynamic=False)
+
     def hold(self, freeze: int) -> None:
         """Keep the first `freeze` stages of the backbone as they are from now on, and the norms that are frozen."""
         self.backbone.hold(freeze, self.backbone.frozen_bn)
