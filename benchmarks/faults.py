@@ -199,12 +199,30 @@ FIRST = {
     "dead_faster_rcnn": Case("dead activations", "faster_rcnn", (), weights="dead"),
     "huge_plain": Case("exploding gradients", "plain", (), weights="huge"),
     "huge_ssd": Case("exploding gradients", "ssd", (), weights="huger"),
-    "small_plain": Case("vanishing gradients", "plain", (), weights="small"),
-    "normal_plain": Case("vanishing gradients", "plain", ("model.init=normal",)),
+    "vanishing_plain": Case("vanishing gradients", "plain", (), weights="small"),
+    "vanishing_plain_normal": Case("vanishing gradients", "plain", ("model.init=normal",)),
     "rare_jar_yolo": Case("classes never predicted", "yolo", LONG, data="rare_jar"),
 }
 SECOND = {
-    "healthy_plain": Case("", "plain", ()),
+    "healthy_plain": Case("", "plain", LONG),
+    "healthy_ssd": Case("", "ssd", ("train.optimizer={name: sgd, lr: 0.03}", *LONG)),
+    "healthy_yolo": Case("", "yolo", ("train.optimizer={name: adamw, lr: 0.003}", *LONG)),
+    "healthy_faster_rcnn": Case("", "faster_rcnn", LONG),
+    "rate_high_plain": Case("rate too high", "plain", ("train.optimizer.lr=0.03",)),
+    "rate_high_yolo": Case("rate too high", "yolo", ("train.optimizer={name: adamw, lr: 0.3}",)),
+    "diverging_yolo": Case("diverging", "yolo", ("train.optimizer={name: sgd, lr: 5}", "train.clip_norm=0")),
+    "diverging_faster_rcnn": Case(
+        "diverging", "faster_rcnn", ("train.optimizer={name: sgd, lr: 1}", "train.clip_norm=0")
+    ),
+    "rate_low_yolo": Case("rate too low", "yolo", ("train.optimizer.lr=0.000004",)),
+    "rate_low_plain": Case("rate too low", "plain", ("train.optimizer.lr=0.0000005",)),
+    "constant_faster_rcnn": Case("flat start", "faster_rcnn", (), weights="constant"),
+    "overfitting_faster_rcnn": Case("overfitting", "faster_rcnn", FEW, data="few"),
+    "starved_yolo": Case("data-starved", "yolo", ("train.decode=full",), data="large"),
+    "dead_yolo": Case("dead activations", "yolo", (), weights="dead"),
+    "huge_faster_rcnn": Case("exploding gradients", "faster_rcnn", (), weights="huger"),
+    "vanishing_plain": Case("vanishing gradients", "plain", (), weights="smaller"),
+    "rare_box_ssd": Case("classes never predicted", "ssd", LONG, data="rare_box"),
 }
 
 
