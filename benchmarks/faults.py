@@ -171,12 +171,14 @@ WEIGHTS: dict[str, Callable[[dict[str, Tensor]], None]] = {
     "dying": lambda weights: _dead(weights, -3),
     "constant": lambda weights: _constant(weights, 1.0),
     "zero": lambda weights: _constant(weights, 0.0),
-    "small": lambda weights: _small(weights, 0.2),
+    "small": lambda weights: _small(weights, 0.1),
     "smaller": lambda weights: _small(weights, 0.05),
 }
 
 STILL = ("augment.crop=0", "augment.colour=0", "augment.flip=0")
 LONG = ("train.epochs=14",)
+# Steps in proportion to the gradient: AdamW takes those of faint gradients as large as others.
+SGD = ("train.optimizer={name: sgd, lr: 0.02}",)
 FEW = (*STILL, "train.epochs=60", "train.eval_every=4", "train.batch_size=4", "train.ema=0.9")
 FIRST = {
     "healthy_ssd": Case("", "ssd", LONG),
@@ -199,8 +201,8 @@ FIRST = {
     "dead_faster_rcnn": Case("dead activations", "faster_rcnn", (), weights="dead"),
     "huge_plain": Case("exploding gradients", "plain", (), weights="huge"),
     "huge_ssd": Case("exploding gradients", "ssd", (), weights="huger"),
-    "vanishing_plain": Case("vanishing gradients", "plain", (), weights="small"),
-    "vanishing_plain_normal": Case("vanishing gradients", "plain", ("model.init=normal",)),
+    "vanishing_plain": Case("vanishing gradients", "plain", SGD, weights="smaller"),
+    "vanishing_vgg16": Case("vanishing gradients", "plain", (*SGD, "model.backbone.name=vgg16", "model.init=normal")),
     "rare_jar_yolo": Case("classes never predicted", "yolo", LONG, data="rare_jar"),
 }
 SECOND = {
@@ -221,7 +223,7 @@ SECOND = {
     "starved_yolo": Case("data-starved", "yolo", ("train.decode=full",), data="large"),
     "dead_yolo": Case("dead activations", "yolo", (), weights="dead"),
     "huge_faster_rcnn": Case("exploding gradients", "faster_rcnn", (), weights="huger"),
-    "vanishing_plain": Case("vanishing gradients", "plain", (), weights="smaller"),
+    "vanishing_plain": Case("vanishing gradients", "plain", SGD, weights="small"),
     "rare_box_ssd": Case("classes never predicted", "ssd", LONG, data="rare_box"),
 }
 

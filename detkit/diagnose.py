@@ -187,23 +187,22 @@ def _running(values: Values, width: int = 3) -> Values:
 
 
 def _exploding(run: Run) -> Finding | None:
-    """Gradients that are huge before the rate has had any effect, or all the time."""
+    """Gradients that are huge before the rate has had any effect, or all the time; but not those that BatchNorm makes of
+    channels that were dead from the start."""
     grad, limit = run.steps["grad"], HUGE * run.clip
     first, usual = float(grad[0]), run.part(grad, 0, 1)
     clip = () if run.settings.train.clip_norm else (f"train.clip_norm={CLIP:g}",)
     curves = (run.curve("grad", "gradient's norm"), run.training)
-    if first > limit:
+    if first > limit and not _dead_from_the_start(run):
         said = (
-            f"in its first step the gradient's norm is {first:.2g} and the loss {run.loss[0]:.2g}, before the rate "
-            "has had "
-            f"any effect; tens are usual. The weights that it starts from are too large"
+            f"in its first step the gradient's norm is {first:.2g} and the loss {run.loss[0]:.2g}, before the rate has "
+            "had any effect; tens are usual. The weights that it starts from are too large"
         )
         changes = (*_init(run), *clip)
     elif usual > limit and not _running(run.update).max(initial=0) > FAST:
         said = (
             f"the gradient's norm is {usual:.2g} in the median step, {usual / run.clip:.0f} times what it is clipped "
-            "to: of "
-            "each step only the direction is left"
+            "to: of each step only the direction is left"
         )
         changes = (run.slower(), *_norms(run), *clip)
     else:
@@ -238,8 +237,8 @@ def _rate_high(run: Run) -> Finding | None:
     start, most = float(np.median(run.loss[:3])), float(run.steps["loss_max"].max())
     rose = f" and sent the loss from {start:.3g} up to {most:.3g}" if most > 1.2 * start else ""
     said = (
-        f"steps move up to {peak:.0%} of the weights, where 0.1 to 2 % is usual{rose}: each undoes what others have learnt"
-        f"{_reached(run)}"
+        f"steps move up to {peak:.0%} of the weights, where 0.1 to 2 % is usual{rose}: each undoes what others have "
+        f"learnt{_reached(run)}"
     )
     curves = (Curve("update / weights", run.steps["step"], update), run.training)
     return Finding("rate too high", said, (run.slower(min(0.1, USUAL / peak)),), Plot(curves, FAST, log=True))
@@ -252,22 +251,31 @@ def _alike(run: Run) -> Finding | None:
     if share < ALIKE:
         return None
     said = (
-        f"{share:.0%} of the channels give what another of their layer gives: their weights began alike and are "
-        "moved alike, "
-        f"so that each layer is worth one channel{_reached(run)}"
+        f"{share:.0%} of the channels give what another of their layer gives: their weights began alike and are moved "
+        f"alike, so that each layer is worth one channel{_reached(run)}"
     )
     curves = (run.course("share of channels like another", alike), run.training)
     return Finding("flat start", said, _init(run), Plot(curves, ALIKE))
 
 
+def _dead_shares(run: Run) -> dict[str, Values]:
+    """Of the groups that have activations, the share of dead channels at each evaluation."""
+    shares = {group: run.evaluations.get(f"dead_{group}", np.zeros(0)) for group in GROUPS}
+    return {group: values for group, values in shares.items() if len(values) and np.isfinite(values[[0, -1]]).all()}
+
+
+def _dead_from_the_start(run: Run) -> bool:
+    """Whether so many are dead in the end that were, half of them, at the first evaluation."""
+    return any(values[-1] >= DEAD and values[0] >= DEAD / 2 for values in _dead_shares(run).values())
+
+
 def _dead(run: Run) -> Finding | None:
     """Channels that give the same whatever they see."""
-    shares = {group: run.evaluations.get(f"dead_{group}", np.zeros(0)) for group in GROUPS}
-    last = {group: float(values[-1]) for group, values in shares.items() if len(values) and np.isfinite(values[-1])}
-    group = max(last, key=lambda name: last[name], default="")
-    if not group or last[group] < DEAD:
+    shares = _dead_shares(run)
+    group = max(shares, key=lambda name: float(shares[name][-1]), default="")
+    if not group or shares[group][-1] < DEAD:
         return None
-    first = float(shares[group][0])
+    first, last = float(shares[group][0]), float(shares[group][-1])
     since = run.evaluations["step"][0]
     if first >= DEAD / 2:
         cause = (
@@ -277,8 +285,8 @@ def _dead(run: Run) -> Finding | None:
     else:
         cause = f"after step {since:.0f} {first:.0%} did so: large steps have pushed the others below zero"
         changes = (run.slower(), *_leaky(run))
-    said = f"{last[group]:.0%} of the channels in the {group} give the same for whatever they see; {cause}"
-    curves = tuple(run.course(f"dead in {name}", values) for name, values in shares.items() if name in last)
+    said = f"{last:.0%} of the channels in the {group} give the same for whatever they see; {cause}"
+    curves = tuple(run.course(f"dead in {name}", values) for name, values in shares.items())
     return Finding("dead activations", said, changes, Plot(curves, DEAD))
 
 
@@ -307,9 +315,8 @@ def _rate_low(run: Run) -> Finding | None:
     if not usual < SLOW or end < 0.7 * start:
         return None
     said = (
-        f"a step moves {usual:.1g} of the weights, where 0.001 to 0.02 is usual: in {run.steps['step'][-1]:.0f} "
-        "steps the loss "
-        f"has gone from {start:.3g} to {end:.3g}"
+        f"a step moves {usual:.1g} of the weights, where 0.001 to 0.02 is usual: in {run.steps['step'][-1]:.0f} steps "
+        f"the loss has gone from {start:.3g} to {end:.3g}"
     )
     curves = (run.training, Curve("update / weights", run.steps["step"], update))
     return Finding("rate too low", said, (run.slower(min(1000.0, USUAL / usual)),), Plot(curves, SLOW, log=True))
@@ -325,9 +332,8 @@ def _flat(run: Run) -> Finding | None:
         return None
     then = f"; then it fell to {run.part(run.loss, 0.9, 1):.3g}" if len(left) else ", to the end"
     said = (
-        f"for {stayed:.0f} of {steps[-1]:.0f} steps the loss stays within {FLAT:.0%} of the {start:.3g} that it "
-        f"began with{then}, "
-        f"though a step moves {run.part(run.update, 0, LONG):.1g} of the weights: where it starts, nothing tells it "
+        f"for {stayed:.0f} of {steps[-1]:.0f} steps the loss stays within {FLAT:.0%} of the {start:.3g} that it began "
+        f"with{then}, though a step moves {run.part(run.update, 0, LONG):.1g} of the weights: where it starts, nothing tells it "
         "where to go"
     )
     return Finding("flat start", said, (*_init(run), *_norms(run)), Plot((run.training,), start))
@@ -372,8 +378,7 @@ def _overfitting(run: Run) -> Finding | None:
     if end > RISEN * val[low] and learnt < FALLEN * train[low]:
         said = (
             f"since step {steps[low]:.0f} the validation loss has risen from {val[low]:.3g} to {end:.3g}, while the "
-            "training loss "
-            f"fell from {train[low]:.3g} to {learnt:.3g}"
+            f"training loss fell from {train[low]:.3g} to {learnt:.3g}"
         )
     elif (
         learnt < FALLEN * train[half]
@@ -381,9 +386,8 @@ def _overfitting(run: Run) -> Finding | None:
         and 1 - end / val[half] < FOLLOWED * (1 - learnt / train[half])
     ):
         said = (
-            f"since step {steps[half]:.0f} the training loss has fallen from {train[half]:.3g} to {learnt:.3g}, and "
-            "the validation "
-            f"loss has not followed: {val[half]:.3g} to {end:.3g}"
+            f"since step {steps[half]:.0f} the training loss has fallen from {train[half]:.3g} to {learnt:.3g}, and the "
+            f"validation loss has not followed: {val[half]:.3g} to {end:.3g}"
         )
     else:
         return None

@@ -317,9 +317,7 @@ class Run:
         self.predictor.follow(self.detector, min(cfg.ema, step / (step + 10)))
         return {} if broken else values
 
-    def _leave_out(
-        self, broken: list[str], values: dict[str, float], pieces: Sequence[Batch], seen: Tensor
-    ) -> None:
+    def _leave_out(self, broken: list[str], values: dict[str, float], pieces: Sequence[Batch], seen: Tensor) -> None:
         """Note a step in which those parts of the loss are not finite. Raises UserError where it is one too many.
 
         seen: sums and denominators of each micro-batch of this process, float32 [pieces, 2, parts].

@@ -392,7 +392,7 @@ class Study:
             console = Console(file=log, width=200)
             if begun is None:
                 begun = train.start(settings, console, self.ends, judge)
-            elif checkpoint.read_state(begun)["finished"]:
+            elif checkpoint.read_state(begun)[0]["finished"]:
                 finished = True
             else:
                 train.resume(begun, console, (), self.ends, judge)

@@ -131,7 +131,7 @@ class Watch:
             self._places = torch.tensor(places, device=live[0].device)
             self._first = next((i for i, parameter in enumerate(live) if parameter.ndim > 1), 0)
         norms = torch.stack(torch._foreach_norm([p.grad for p in live if p.grad is not None]))
-        total = torch.linalg.vector_norm(norms)
+        total: Tensor = torch.linalg.vector_norm(norms)
         if self.clip_norm:
             nn.utils.clip_grads_with_norm_(live, self.clip_norm, total)
         finite = total.isfinite()

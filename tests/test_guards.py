@@ -156,7 +156,7 @@ def test_out_of_memory_says_what_fits_and_that_does(tmp_path):
     """With a real limit of memory that a real allocator meets."""
     sets = [f"data.root={SHELF}", f"runs={tmp_path / 'runs'}", f"data.cache={tmp_path / 'cache'}", "train.workers=0"]
     sets += ["train.progressive=[]", "model.backbone.width=0.35", "train.batch_size=16", "train.iterations=1"]
-    sets += ["train.epochs=null", "train.tensorboard=false", "input.size=[256, 256]"]
+    sets += ["train.epochs=null", "train.loggers=[]", "input.size=[256, 256]"]
     # The limit is one of addresses, of which malloc's heap gives none back: so it is to map each tensor by itself.
     quiet = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     starved = subprocess.run(

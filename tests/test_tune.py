@@ -55,7 +55,7 @@ class Stub:
         return self.go_on(folder, 0, ends, judge)
 
     def resume(self, folder: Path, _console: Console, _changes: tuple[str, ...], ends: float, judge: Any) -> Path:
-        return self.go_on(folder, checkpoint.read_state(folder)["epoch"], ends, judge)
+        return self.go_on(folder, checkpoint.read_state(folder)[0]["epoch"], ends, judge)
 
     def go_on(self, folder: Path, done: int, ends: float, judge: Any) -> Path:
         cfg = config.load(folder / "config.yaml")
