@@ -46,6 +46,7 @@ HUGE, CLIP, FAINT = 1000.0, 10.0, 1e-3
 DEAD, ALIKE = 0.6, 0.5
 # A fall of the loss that counts as none, and the share of the run without more.
 FLAT, LONG = 0.03, 0.3
+LEAST = 50  # steps before which a loss that does not fall says nothing
 # Overfitting: how far the validation loss has risen since its lowest and the training loss fallen since then; or how
 # far apart they are, where the one has fallen and the other has not followed.
 RISEN, FALLEN, APART, FOLLOWED = 1.1, 0.9, 2.0, 0.25
@@ -130,6 +131,11 @@ class Run:
         return Curve(name, self.evaluations["step"], values)
 
     @property
+    def done(self) -> int:
+        """Optimiser steps done."""
+        return int(self.steps["step"][-1])
+
+    @property
     def training(self) -> Curve:
         """The training loss."""
         return Curve("training loss", self.steps["step"], self.loss)
@@ -187,8 +193,8 @@ def _running(values: Values, width: int = 3) -> Values:
 
 
 def _exploding(run: Run) -> Finding | None:
-    """Gradients that are huge before the rate has had any effect, or all the time; but not those that BatchNorm makes of
-    channels that were dead from the start."""
+    """Gradients that are huge before the rate has had any effect, or all the time; but not those that BatchNorm makes
+    of channels that were dead from the start."""
     grad, limit = run.steps["grad"], HUGE * run.clip
     first, usual = float(grad[0]), run.part(grad, 0, 1)
     clip = () if run.settings.train.clip_norm else (f"train.clip_norm={CLIP:g}",)
@@ -312,14 +318,14 @@ def _rate_low(run: Run) -> Finding | None:
     known = update[np.isfinite(update)]
     usual = float(np.percentile(known, 75)) if len(known) else math.nan
     start, end = float(np.median(run.loss[:3])), run.part(run.loss, 0.9, 1)
-    if not usual < SLOW or end < 0.7 * start:
+    if run.done < LEAST or not usual < SLOW or end < 0.7 * start:
         return None
     said = (
-        f"a step moves {usual:.1g} of the weights, where 0.001 to 0.02 is usual: in {run.steps['step'][-1]:.0f} steps "
+        f"a step moves {usual:.1g} of the weights, where 0.001 to 0.02 is usual: in {run.done} steps "
         f"the loss has gone from {start:.3g} to {end:.3g}"
     )
     curves = (run.training, Curve("update / weights", run.steps["step"], update))
-    return Finding("rate too low", said, (run.slower(min(1000.0, USUAL / usual)),), Plot(curves, SLOW, log=True))
+    return Finding("rate too low", said, (run.slower(min(1000.0, USUAL / max(usual, 1e-9))),), Plot(curves, SLOW, log=True))
 
 
 def _flat(run: Run) -> Finding | None:
@@ -327,14 +333,14 @@ def _flat(run: Run) -> Finding | None:
     start, level = float(np.median(run.loss[:3])), _running(run.loss, 5)
     left = np.flatnonzero(level < (1 - FLAT) * start)
     steps = run.steps["step"]
-    stayed = steps[min(left[0] + 4, len(steps) - 1)] if len(left) else steps[-1]
-    if stayed < LONG * steps[-1]:
+    stayed = steps[min(left[0] + 4, len(steps) - 1)] if len(left) else run.done
+    if run.done < LEAST or stayed < LONG * run.done:
         return None
     then = f"; then it fell to {run.part(run.loss, 0.9, 1):.3g}" if len(left) else ", to the end"
     said = (
-        f"for {stayed:.0f} of {steps[-1]:.0f} steps the loss stays within {FLAT:.0%} of the {start:.3g} that it began "
-        f"with{then}, though a step moves {run.part(run.update, 0, LONG):.1g} of the weights: where it starts, nothing tells it "
-        "where to go"
+        f"for {stayed:.0f} of {run.done} steps the loss stays within {FLAT:.0%} of the {start:.3g} that it began "
+        f"with{then}, though a step moves {run.part(run.update, 0, LONG):.1g} of the weights: where it starts, "
+        "nothing tells it where to go"
     )
     return Finding("flat start", said, (*_init(run), *_norms(run)), Plot((run.training,), start))
 
@@ -386,8 +392,8 @@ def _overfitting(run: Run) -> Finding | None:
         and 1 - end / val[half] < FOLLOWED * (1 - learnt / train[half])
     ):
         said = (
-            f"since step {steps[half]:.0f} the training loss has fallen from {train[half]:.3g} to {learnt:.3g}, and the "
-            f"validation loss has not followed: {val[half]:.3g} to {end:.3g}"
+            f"since step {steps[half]:.0f} the training loss has fallen from {train[half]:.3g} to {learnt:.3g}, and "
+            f"the validation loss has not followed: {val[half]:.3g} to {end:.3g}"
         )
     else:
         return None
@@ -424,7 +430,7 @@ def _starved(run: Run) -> Finding | None:
     speed = run.part(run.steps["img_s"], 0.1, 1)
     said = (
         f"{share:.0%} of the time goes by waiting for photos: {speed:.3g} img/s, where the network could do "
-        f"{speed / (1 - share):.3g}"
+        f"{speed / max(1 - share, 1e-6):.3g}"
     )
     curves = (run.curve("data_wait", "share of time waiting for data"),)
     return Finding("data-starved", said, tuple(changes), Plot(curves, STARVED))
@@ -537,7 +543,7 @@ def summary(run: Run) -> str:
     """How far the run is, in one line."""
     best = [f"best {name} {run.evaluations[name].max():.3f}" for name in ("mAP", "mAP50") if len(run.val_loss)]
     epochs = f"epoch {run.metrics['epoch'][-1]:.0f}, " if run.metrics else ""
-    return f"{run.folder.name}: {epochs}step {run.steps['step'][-1]:.0f}; {', '.join(best) or 'not yet evaluated'}"
+    return f"{run.folder.name}: {epochs}step {run.done}; {', '.join(best) or 'not yet evaluated'}"
 
 
 def report(run: Run, findings: Sequence[Finding], console: Console) -> None:
@@ -575,7 +581,7 @@ def run(folder: Path, console: Console, *, html: Path | None = None, json_file: 
     findings = diagnose(recorded)
     report(recorded, findings, console)
     if json_file:
-        tree = {"run": folder.name, "steps": int(recorded.steps["step"][-1]), "findings": [f.tree() for f in findings]}
+        tree = {"run": folder.name, "steps": recorded.done, "findings": [f.tree() for f in findings]}
         atomic_write(json_file, json.dumps(tree, ensure_ascii=False, indent=1) + "\n")
     if html:
         page.write(
