@@ -214,7 +214,7 @@ SECOND = {
     "rate_high_yolo": Case("rate too high", "yolo", ("train.optimizer={name: adamw, lr: 0.3}",)),
     "diverging_yolo": Case("diverging", "yolo", ("train.optimizer={name: sgd, lr: 5}", "train.clip_norm=0")),
     "diverging_faster_rcnn": Case(
-        "diverging", "faster_rcnn", ("train.optimizer={name: sgd, lr: 1}", "train.clip_norm=0")
+        "diverging", "faster_rcnn", ("train.optimizer={name: sgd, lr: 10}", "train.clip_norm=0")
     ),
     "rate_low_yolo": Case("rate too low", "yolo", ("train.optimizer.lr=0.000004",)),
     "rate_low_plain": Case("rate too low", "plain", ("train.optimizer.lr=0.0000005",)),
