@@ -224,7 +224,7 @@ SECOND = {
     "dead_yolo": Case("dead activations", "yolo", (), weights="dead"),
     "huge_faster_rcnn": Case("exploding gradients", "faster_rcnn", (), weights="huger"),
     "vanishing_plain": Case("vanishing gradients", "plain", SGD, weights="small"),
-    "rare_box_ssd": Case("classes never predicted", "ssd", LONG, data="rare_box"),
+    "rare_box_ssd": Case("classes never predicted", "ssd", ("train.epochs=40",), data="rare_box"),
 }
 
 
