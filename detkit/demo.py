@@ -37,7 +37,7 @@ def run(console: Console) -> None:
     _step(console, 3, "Measuring its best checkpoint")
     figures = evaluate.run(str(folder), console, device=settings.train.device, json_file=folder / "figures.json")
     _step(console, 4, "Exporting to ONNX")
-    model = export.run(str(folder), folder / f"{settings.name}.onnx", None, console)
+    (model,) = export.run(str(folder), folder / f"{settings.name}.onnx", None, console)
     _step(console, 5, "Finding products with the ONNX file, without torch")
     names = (root / "ImageSets" / "Main" / f"{settings.data.val}.txt").read_text(encoding="utf-8").split()
     photos = [root / "JPEGImages" / f"{name}.jpg" for name in names[:PHOTOS]]
