@@ -152,6 +152,100 @@ def train(
     console.print(f"\ndone: {run}\nnext:  detkit predict PHOTO --model {run}\n       detkit export {run}")
 
 
+@app.command("lr-find")
+def lr_find(
+    config_name: Annotated[
+        str, typer.Option("--config", "-c", help="a path, a file in ./configs, or a shipped config")
+    ],
+    sets: SetOption = None,
+    more: MoreSets = None,
+    least: Annotated[float, typer.Option("--min", min=0, help="the first learning rate")] = 1e-6,
+    most: Annotated[float, typer.Option("--max", min=0, help="the last one, unless the loss has left its bounds")] = 10,
+    steps: Annotated[int, typer.Option(min=20, help="mini-batches")] = 100,
+) -> None:
+    """Find a learning rate: train on mini-batches at rising rates (Smith 2017), and look at the loss."""
+    from detkit import config
+    from detkit import lr_find as job
+
+    settings = config.load(config_name, [*(sets or []), *(more or [])])
+    job.run(settings, least, most, steps, _console())
+
+
+@app.command()
+def tune(
+    config_name: Annotated[
+        str | None, typer.Option("--config", "-c", help="the starting configuration, which is the first trial")
+    ] = None,
+    sets: SetOption = None,
+    more: MoreSets = None,
+    space_name: Annotated[
+        str | None,
+        typer.Option("--space", help="what is varied: a path, a file in ./configs/search, or a shipped one"),
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="trials of the study in all, of all its processes")] = 30,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="of a trial, where shorter than the config's, which best.yaml keeps")
+    ] = None,
+    study: Annotated[str | None, typer.Option(help="its folder in the config's runs; default: NAME-tune")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="go on with the study in this folder, or nothing for the newest")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="a database's URL, as Optuna has it, or a file; default: in the study's folder")
+    ] = None,
+    objective: Annotated[
+        Literal["mAP", "mAP50", "mAP75", "VOC_AP50", "AR"], typer.Option(help="the figure that is to be high")
+    ] = "mAP",
+    sampler: Annotated[Literal["tpe", "random", "grid"], typer.Option(help="how values are chosen")] = "tpe",
+    pruner: Annotated[
+        Literal["median", "hyperband", "none"], typer.Option(help="which trials are ended early")
+    ] = "median",
+    jobs: Annotated[int, typer.Option(min=1, help="processes on this machine; GPUs are shared out")] = 1,
+    max_minutes: Annotated[
+        float | None, typer.Option(min=0, help="end after the step at which so much time has passed")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of what the sampler draws")] = 0,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="print the JSON schema of search spaces, for editors")
+    ] = False,
+) -> None:
+    """Seek better settings by trials; the same command, once more or elsewhere, goes on with the study."""
+    from detkit import config, space
+
+    if schema:
+        import json
+
+        typer.echo(json.dumps(space.schema(), indent=1))
+        return
+    if (resume is None) == (config_name is None):
+        raise UserError("name a config, such as  --config ssd_mobilenet.yaml , or a study to go on with by --resume")
+    from detkit import tune as job
+
+    console, ends = _console(), _ends(max_minutes)
+    if config_name:
+        settings = config.load(config_name, [*(sets or []), *(more or [])])
+        _, tree, left_out = space.load(space_name, settings)
+        for line in left_out:
+            console.print(f"not varied: {line}", style="yellow", markup=False, highlight=False)
+        plan = job.Plan(
+            start=settings,
+            space=tree,
+            epochs=epochs,
+            objective=objective,
+            sampler=sampler,
+            pruner=pruner,
+            seed=seed,
+        )
+        folder = settings.runs / (study or f"{settings.name}-tune")
+        job.create(folder, plan)
+    else:
+        given = {"--set": sets or more, "--space": space_name, "--study": study, "--epochs": epochs}
+        for option in (option for option, value in given.items() if value):
+            raise UserError(f"--resume goes on with the study as it was begun: leave out {option}")
+        folder = job.newest() if resume == "newest" else Path(resume or "")
+    job.run(folder, console, most=trials, jobs=jobs, storage=storage, ends=ends)
+
+
 def _ends(minutes: float | None) -> float:
     """When the time is up, as time.time() has it: in so many minutes, or when what launched this process says."""
     if ENDS in os.environ:
@@ -638,6 +732,19 @@ def show_cache(
             counts = ("damaged", "") if entry.photos < 0 else (str(entry.photos), str(entry.objects))
             table.add_row(entry.split or "(each file)", *counts, decimal(entry.size), str(entry.path))
         console.print(table if table.row_count else f"{path}: no caches")
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path | None, typer.Argument(help="the run's folder; default: the newest")] = None,
+    html: Annotated[Path | None, typer.Option(help="write a page with plots to this file")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the findings to this file")] = None,
+) -> None:
+    """Say what is wrong with a run by the curves it has recorded, and what to change; exit with 1 if something is."""
+    from detkit import diagnose as job
+
+    found = job.run(run or job.newest(), _console(), html=html, json_file=json_file)
+    raise typer.Exit(1 if found else 0)
 
 
 @app.command()

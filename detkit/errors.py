@@ -29,7 +29,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 # The extra that brings each optional package.
 _EXTRAS = {
     **dict.fromkeys(("jinja2", "lxml", "matplotlib"), "data"),
-    "timm": "timm",
+    **{name: name for name in ("mlflow", "timm", "wandb")},
+    **dict.fromkeys(("filelock", "optuna"), "tune"),
     **dict.fromkeys(
         (
             "albumentations",

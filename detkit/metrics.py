@@ -19,6 +19,7 @@ from detkit.types import CROWD, DIFFICULT, Detections, Record
 # pycocotools ignores what lies outside the area range; difficult objects are put there, so that, unlike a crowd, one
 # of them takes one detection out of the count, by plain IoU.
 _BEYOND = 1e12
+RECALLS = 101  # at which a curve is sampled, from 0 to 1
 
 
 def _coco(images: list[dict[str, Any]], annotations: list[dict[str, Any]], classes: Sequence[str]) -> COCO:
@@ -164,6 +165,21 @@ def voc_ap(
     that it overlaps most, and the curve is not sampled."""
     ranked = {name: _rank(records, found, label, iou) for label, name in enumerate(classes)}
     return {name: _area(rows) if rows.objects else None for name, rows in ranked.items()}
+
+
+def curves(
+    records: Sequence[Record], found: Sequence[Detections], classes: Sequence[str], iou: float = 0.5
+) -> dict[str, NDArray[np.float64]]:
+    """The precision of each class that has objects, by the envelope, at `RECALLS` recalls: float64 [RECALLS]."""
+    result = {}
+    for label, name in enumerate(classes):
+        ranked = _rank(records, found, label, iou)
+        if ranked.objects:
+            hit = np.cumsum(ranked.hits)
+            envelope = np.maximum.accumulate((hit / np.arange(1, len(hit) + 1))[::-1])[::-1]
+            places = np.searchsorted(hit / ranked.objects, np.linspace(0, 1, RECALLS) - 1e-9)
+            result[name] = np.append(envelope, 0.0)[places]
+    return result
 
 
 def evaluate(records: Sequence[Record], found: Sequence[Detections], classes: Sequence[str]) -> dict[str, Any]:
