@@ -358,6 +358,8 @@ def predict(
             tiles=tiling.parse(tiles, overlap) if tiles else None,
             flip=flip,
         )
+    if not asked.model.endswith(".onnx"):
+        _for_torch(device)  # told before photos are looked for
     many = len(job.expand(asked.photos)) > job.MANY
     jobs = 1
     if many and threads == 0 and device in ("auto", "cpu") and asked.model.endswith(".onnx"):
@@ -390,11 +392,16 @@ def _detector(model: str, device: RuntimeDevice, threads: int, nms: Nms) -> Dete
         from detkit.runtime.session import Session
 
         return Session(model, device, threads, nms)
-    if device not in ("auto", "cpu", "cuda", "mps"):
-        raise UserError(f"--device {device}: is for ONNX files; write one with  detkit export  first")
     from detkit import checkpoint
 
-    return checkpoint.TorchSession(Path(model), device, nms, threads)
+    return checkpoint.TorchSession(Path(model), _for_torch(device), nms, threads)
+
+
+def _for_torch(device: RuntimeDevice) -> Device:
+    """The device, where torch knows it. Raises UserError."""
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise UserError(f"--device {device}: is for ONNX files; write one with  detkit export  first")
+    return device
 
 
 @app.command()
