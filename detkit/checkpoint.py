@@ -25,7 +25,7 @@ from detkit import __version__, config, imaging
 from detkit.config import Data
 from detkit.errors import UserError
 from detkit.files import atomic_file, atomic_write
-from detkit.manifest import Manifest
+from detkit.manifest import Manifest, Photos
 from detkit.nn.detector import Detector, Predictor
 from detkit.runtime import merge
 from detkit.runtime.session import Raw, detect_with
@@ -50,7 +50,7 @@ def pick_device(wanted: config.Device) -> torch.device:
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A trained detector: the run's config, its classes, the weights, the epoch and the validation figures
-    (none where the run was stopped before it measured them)."""
+    (none where the run was stopped before it measured them), and what it was trained on (None: not said)."""
 
     path: Path
     config: config.Config
@@ -58,6 +58,7 @@ class Checkpoint:
     weights: dict[str, Tensor]
     epoch: int
     metrics: dict[str, Any]
+    photos: Photos | None = None
 
     def without_nms(self) -> Checkpoint:
         """The same detector, which leaves its candidates as they are."""
@@ -91,6 +92,7 @@ class Checkpoint:
             score=self.metrics.get("score", 0.3),
             nms=self.config.model.select,
             sha256=hashlib.sha256(self.path.read_bytes()).hexdigest(),
+            photos=self.photos,
             metrics={name: value for name, value in self.metrics.items() if name != "per_class"},
         )
 
@@ -132,6 +134,7 @@ def write(
     classes: tuple[str, ...],
     epoch: int,
     metrics: dict[str, Any],
+    photos: Photos | None = None,
 ) -> None:
     """Write a checkpoint, atomically."""
     metadata = {
@@ -141,6 +144,8 @@ def write(
         "epoch": str(epoch),
         "metrics": json.dumps(metrics),
     }
+    if photos:
+        metadata["photos"] = photos.model_dump_json()
     plain = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     atomic_write(path, save(plain, metadata | {"sha256": _digest(plain, metadata)}))
 
@@ -169,7 +174,9 @@ def read(path: Path) -> Checkpoint:
     try:
         settings = config.parse(yaml.safe_load(metadata["config"]), f"{path} (config)")
         classes = tuple(json.loads(metadata["classes"]))
-        return Checkpoint(path, settings, classes, weights, int(metadata["epoch"]), json.loads(metadata["metrics"]))
+        figures = json.loads(metadata["metrics"])
+        photos = Photos.model_validate_json(metadata["photos"]) if "photos" in metadata else None
+        return Checkpoint(path, settings, classes, weights, int(metadata["epoch"]), figures, photos)
     except (KeyError, ValueError, TypeError, yaml.YAMLError):
         raise UserError(f"{path}: what it says of itself is damaged; take another checkpoint") from None
 

@@ -318,7 +318,11 @@ def predict(
     ] = None,
     count: Annotated[bool, typer.Option("--count", help="products per class per photo, and counts.csv")] = False,
     tiles: Annotated[
-        str | None, typer.Option(help="look at large photos in tiles of so many pixels of theirs: 640 or 640x480")
+        str | None,
+        typer.Option(
+            help="look at large photos in tiles of 640 or 640x480 pixels of theirs; auto: as large as those "
+            "trained on; default: off, but auto for a model trained on tiles"
+        ),
     ] = None,
     overlap: Annotated[
         int | None, typer.Option(min=0, help="longest side, in pixels, of products that tiles are to show whole")
@@ -344,8 +348,6 @@ def predict(
     elif not photos:
         raise UserError("name photos, folders or glob patterns; or --resume OUT, to go on with what was stopped")
     else:
-        if overlap is not None and tiles is None:
-            raise UserError("--overlap: is that of --tiles, which is not given")
         asked = job.Job(
             photos=tuple(photos),
             folder=str(Path.cwd()),
@@ -355,7 +357,6 @@ def predict(
             counts=count,
             score=score,
             nms=nms,
-            tiles=tiling.parse(tiles, overlap) if tiles else None,
             flip=flip,
         )
     if not asked.model.endswith(".onnx"):
@@ -369,7 +370,9 @@ def predict(
         jobs = 1
     if resume and asked.sha256 != detector.manifest.sha256:
         raise UserError(f"{resume}: was begun with another model than {asked.model} is now; begin anew with --out")
-    asked = asked.model_copy(update={"sha256": detector.manifest.sha256})
+    if not resume:
+        looks = tiling.chosen(tiles, overlap, detector.manifest, asked.model)
+        asked = asked.model_copy(update={"sha256": detector.manifest.sha256, "tiles": looks})
     failures = job.predict(
         asked.views(detector), asked.photos, resume or out, asked.output,
         score=asked.score, jobs=jobs, asked=asked, console=_console(),
@@ -693,6 +696,10 @@ def show(
     settings = config.load(config_name) if config_name else None
     console = _console()
     dataset = cache.load_split(_data(path, settings, unlabelled=unlabelled, format=file_format), split, console)
+    if settings and (augmented or only):
+        from detkit.data import tiles
+
+        dataset = tiles.cut(dataset, settings.input.tiles)
     index = job.choose(dataset, count, class_name, seed)
     with counting(console, "drawing") as progress:
         if settings and (augmented or only):

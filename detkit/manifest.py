@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeFloat, PositiveInt, ValidationError
 
 from detkit.config import Select, Share, Triple
 from detkit.errors import UserError
@@ -36,6 +36,19 @@ class Golden(BaseModel):
     labels: tuple[int, ...]
 
 
+class Photos(BaseModel):
+    """The photos that a detector was trained on, as far as it tells how to look at others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: tuple[PositiveInt, PositiveInt] = Field(description="their median height and width, or those of the tiles")
+    side: NonNegativeFloat = Field(
+        description="99th percentile of objects' longer sides in pixels; or the tiles' overlap"
+    )
+    most: int = Field(ge=0, description="objects in the densest of them")
+    tiled: bool = Field(False, description="whether they were looked at in tiles")
+
+
 class Manifest(BaseModel):
     """The description of an exported detector, stored as JSON in the ONNX file under `KEY`."""
 
@@ -57,6 +70,7 @@ class Manifest(BaseModel):
     score: Share = Field(0.3, description="lowest score that is shown, unless the user says")
     nms: Select = Field(description="how the graph selects its boxes")
     sha256: str = Field("", description="digest of the checkpoint that was exported")
+    photos: Photos | None = Field(None, description="what it was trained on")
     metrics: dict[str, JsonValue] = Field(default_factory=dict, description="validation figures of the checkpoint")
     golden: tuple[Golden, ...] = Field((), description="what `detkit verify` repeats")
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from detkit.config import Select
 from detkit.errors import UserError
 from detkit.geometry import iou
 from detkit.manifest import Manifest
@@ -46,9 +47,35 @@ class Tiling(NamedTuple):
         return np.array([(x, y, x + width, y + height) for y in rows for x in columns], np.int64)
 
 
+def chosen(text: str | None, overlap: int | None, manifest: Manifest, model: str) -> Tiling | None:
+    """The tiling that the command line asks for: `640` or `640x480` (width and height); auto: as large as the photos
+    that the model was trained on, with objects of their size; off: none; None: auto for a model trained on tiles.
+
+    overlap: default a quarter of the shorter side; of auto, what 99 of 100 objects fit into, but at most half a tile.
+    Raises UserError, naming `model`, where it says nothing of its photos, and where it is no tiling.
+    """
+    photos = manifest.photos
+    if text is None and photos and photos.tiled:
+        text = "auto"
+    if text is None or text == "off":
+        if overlap is not None:
+            raise UserError("--overlap: is that of --tiles, which is not given")
+        return None
+    if text != "auto":
+        return parse(text, overlap)
+    if photos is None:
+        raise UserError(
+            f"--tiles auto: {model} doesn't say what photos it was trained on (detkit {manifest.detkit} made it); "
+            "export it again, from a run of this detkit, or give --tiles 640x480"
+        )
+    whole = Tiling(photos.size, 0)
+    most = min(photos.size[axis] // 2 - whole.margin(axis) for axis in (0, 1))
+    return checked(photos.size, min(math.ceil(photos.side), most) if overlap is None else overlap)
+
+
 def parse(text: str, overlap: int | None) -> Tiling:
-    """A tiling as the command line has it: `640` or `640x480` (width and height). overlap: default a quarter of the
-    shorter side. Raises UserError where it is none."""
+    """A tiling as `640` or `640x480` (width and height). overlap: default a quarter of the shorter side. Raises
+    UserError where it is none."""
     try:
         sides = [int(part) for part in text.lower().split("x")]
         width, height = sides * 2 if len(sides) == 1 else sides
@@ -106,8 +133,7 @@ class Tiled:
         found: list[Detections] = []
         for start in range(0, len(views), BATCH):
             found += self.detector.detect(views[start : start + BATCH])
-        rule = self.manifest.nms
-        return joined(found[1:], places, found[0], self.tiling, agnostic=rule.agnostic, same=min(rule.iou, SAME))
+        return joined(found[1:], places, found[0], self.tiling, self.manifest.nms)
 
 
 def joined(
@@ -115,16 +141,16 @@ def joined(
     places: NDArray[np.int64],
     whole: Detections,
     tiling: Tiling,
-    *,
-    agnostic: bool = False,
-    same: float = SAME,
+    rule: Select,
 ) -> Detections:
     """What was found in the tiles of a photo, each object once, best first.
 
     found: of each tile, in its own pixels. places: the tiles in the photo, int64 [T, 4]. whole: found in the photo as a
-    whole; of that, what has a side longer than the overlap counts. same: the IoU above which boxes of two tiles (of one
-    class, unless `agnostic`) are one object, of which the surer is kept. Boxes of one tile are left as they are.
+    whole; of that, what has a side longer than the overlap counts. Boxes of two tiles (of one class, unless the
+    detector's rule is agnostic) are one object from an IoU of `SAME` on, or of the rule's where that is less; the surer
+    is kept. Boxes of one tile are left as they are.
     """
+    agnostic, same = rule.agnostic, min(rule.iou, SAME)
     large = (whole.boxes[:, 2:] - whole.boxes[:, :2]).max(1, initial=0) > tiling.overlap
     parts = [_part(whole, large)]
     for one, place in zip(found, places, strict=True):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from detkit.config import Select
 from detkit.errors import UserError
 from detkit.manifest import Manifest
 from detkit.runtime import tiles
@@ -147,9 +148,11 @@ def test_two_classes_in_one_place_are_two_objects_unless_the_model_says_otherwis
     ]
     corners = np.array([[0, 0, 200, 200], [130, 0, 330, 200]])
     nothing = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), (200, 330))
-    both = tiles.joined(found, corners, nothing, tiles.Tiling((200, 200), 60))
+    both = tiles.joined(found, corners, nothing, tiles.Tiling((200, 200), 60), Select())
     assert both.labels.tolist() == [0, 1]
-    assert tiles.joined(found, corners, nothing, tiles.Tiling((200, 200), 60), agnostic=True).labels.tolist() == [0]
+    assert tiles.joined(
+        found, corners, nothing, tiles.Tiling((200, 200), 60), Select(agnostic=True)
+    ).labels.tolist() == [0]
 
 
 @pytest.mark.parametrize("text", ["", "big", "640x", "640x480x3", "8", "64x-3"])
@@ -163,6 +166,29 @@ def test_tiles_as_the_command_line_has_them() -> None:
     assert tiles.parse("512", 64) == ((512, 512), 64)
     with pytest.raises(UserError, match="twice the overlap"):
         tiles.parse("512", 300)
+
+
+PHOTOS = {"size": (480, 640), "side": 99.2, "most": 50}
+
+
+def test_auto_is_as_the_photos_trained_on_were() -> None:
+    own = manifest(photos=PHOTOS)
+    assert tiles.chosen("auto", None, own, "m.onnx") == ((480, 640), 100)
+    assert tiles.chosen("auto", 64, own, "m.onnx") == ((480, 640), 64)
+    assert tiles.chosen(None, None, own, "m.onnx") is None
+    assert tiles.chosen("512", None, own, "m.onnx") == ((512, 512), 128)
+    close = manifest(photos={**PHOTOS, "side": 600})  # objects that fill the photo: half a tile is the most
+    assert tiles.chosen("auto", None, close, "m.onnx") == ((480, 640), 232)
+    with pytest.raises(UserError, match=r"m\.onnx doesn't say .* export it again, .* --tiles 640x480"):
+        tiles.chosen("auto", None, manifest(), "m.onnx")
+    with pytest.raises(UserError, match="--overlap"):
+        tiles.chosen(None, 64, own, "m.onnx")
+
+
+def test_a_model_trained_on_tiles_looks_at_tiles_unless_told_otherwise() -> None:
+    own = manifest(photos={**PHOTOS, "side": 100, "tiled": True})
+    assert tiles.chosen(None, None, own, "m.onnx") == ((480, 640), 100)
+    assert tiles.chosen("off", None, own, "m.onnx") is None
 
 
 def test_flips_fuse_both_looks() -> None:
