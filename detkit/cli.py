@@ -306,7 +306,10 @@ def evaluate(
 
 @app.command()
 def predict(
-    photos: Annotated[list[str] | None, typer.Argument(help="photos, folders, globs")] = None,
+    photos: Annotated[
+        list[str] | None,
+        typer.Argument(help="photos, folders, globs; or one video file, URL, or camera:0 (needs the extra video)"),
+    ] = None,
     model: ModelOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="a new folder; default: predictions/<n>")] = None,
     file_format: Annotated[
@@ -339,14 +342,18 @@ def predict(
     nms: NmsOption = "hard",
     resume: Annotated[Path | None, typer.Option(help="go on in this folder of results")] = None,
 ) -> None:
-    """Find the products in photos: a table, annotated pictures, and files in six formats."""
+    """Find the products in photos: a table, annotated pictures, and files in six formats; or in a video."""
     from detkit.runtime import predict as job
     from detkit.runtime import tiles as tiling
+    from detkit.runtime import video
 
+    films = [name for name in photos or () if video.is_video(name)]
     if resume:
         asked = job.read_job(resume)
     elif not photos:
         raise UserError("name photos, folders or glob patterns; or --resume OUT, to go on with what was stopped")
+    elif films and (len(photos) > 1 or file_format not in ("json", "jsonl")):
+        raise UserError(f"{films[0]}: a video is looked at by itself, and what is found is written as JSON lines")
     else:
         asked = job.Job(
             photos=tuple(photos),
@@ -361,7 +368,7 @@ def predict(
         )
     if not asked.model.endswith(".onnx"):
         _for_torch(device)  # told before photos are looked for
-    many = len(job.expand(asked.photos)) > job.MANY
+    many = not films and len(job.expand(asked.photos)) > job.MANY
     jobs = 1
     if many and threads == 0 and device in ("auto", "cpu") and asked.model.endswith(".onnx"):
         threads, jobs = 1, os.cpu_count() or 1
@@ -373,6 +380,10 @@ def predict(
     if not resume:
         looks = tiling.chosen(tiles, overlap, detector.manifest, asked.model)
         asked = asked.model_copy(update={"sha256": detector.manifest.sha256, "tiles": looks})
+    if films:
+        looking, drawn = asked.views(detector), pictures is not False
+        video.predict(looking, films[0], out, score=score, pictures=drawn, console=_console())
+        return
     failures = job.predict(
         asked.views(detector), asked.photos, resume or out, asked.output,
         score=asked.score, jobs=jobs, asked=asked, console=_console(),

@@ -30,6 +30,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 _EXTRAS = {
     **dict.fromkeys(("jinja2", "lxml", "matplotlib"), "data"),
     **{name: name for name in ("mlflow", "timm", "wandb")},
+    **dict.fromkeys(("av", "edgefirst"), "video"),
     **dict.fromkeys(("filelock", "optuna"), "tune"),
     **dict.fromkeys(
         (

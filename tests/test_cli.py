@@ -303,6 +303,12 @@ def test_tools_predict_takes_a_run_and_an_onnx_file(trained, tmp_path):
         assert (tmp_path / str(number) / "shelf_00000.json").exists()
 
 
+def test_a_video_is_looked_at_by_itself(trained, run, tmp_path):
+    one_line(run("predict", "a.mp4", "b.jpg", "--model", trained), "a.mp4", "by itself")
+    one_line(run("predict", "a.mp4", "--format", "voc", "--model", trained), "a.mp4", "JSON lines")
+    one_line(run("predict", tmp_path / "a.mp4", "--model", trained), "can't be opened as a video")
+
+
 def test_a_device_for_onnx_files_is_none_for_a_run(trained, run):
     one_line(run("predict", "x.jpg", "--model", trained, "--device", "openvino"), "openvino", "detkit export")
 

@@ -334,13 +334,14 @@ def _claim(out: Path | None, asked: Job | None) -> Path:
     """The folder for the results: new or empty, or that of the same job."""
     if out and asked and (out / JOB).is_file() and read_job(out) == asked:
         return out
-    folder = _free(out)
+    folder = free(out)
     if asked:
         atomic_write(folder / JOB, asked.model_dump_json(indent=1) + "\n")
     return folder
 
 
-def _free(out: Path | None) -> Path:
+def free(out: Path | None) -> Path:
+    """`out`, where it is new or empty; default: the next of predictions/. Raises UserError."""
     if out is None:
         return next_folder("predictions/")
     if out.exists() and not out.is_dir():
