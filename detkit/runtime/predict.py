@@ -121,7 +121,8 @@ class Job(BaseModel):
         """The detector, as it is to look at photos."""
         if self.flip:
             detector = Flipped(detector)
-        return Tiled(detector, self.tiles) if self.tiles else detector
+        limit = detector.manifest.score if self.score is None else self.score
+        return Tiled(detector, self.tiles, limit) if self.tiles else detector
 
 
 def read_job(out: Path) -> Job:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 BATCH = 8  # tiles that the detector is given at a time
 EDGE = 0.015  # share of a tile's side: a box that ends so near to its edge is taken for cut
+COVERED = 0.5  # share of a cut box that must lie on a whole one to be of the same object
 SAME = 0.5  # IoU from which boxes of two tiles are one object, where the model's own NMS doesn't say less
 
 
@@ -105,10 +106,10 @@ def _starts(length: int, tile: int, overlap: int) -> list[int]:
 
 class Tiled:
     """A detector that looks at tiles of a photo, and at all of it for what is larger than the overlap. A photo that is
-    no larger than a tile is looked at as it is."""
+    no larger than a tile is looked at as it is. score: the lowest that counts; None: see `joined`."""
 
-    def __init__(self, detector: Detector, tiling: Tiling) -> None:
-        self.detector, self.tiling = detector, tiling
+    def __init__(self, detector: Detector, tiling: Tiling, score: float | None = None) -> None:
+        self.detector, self.tiling, self.score = detector, tiling, score
 
     @property
     def manifest(self) -> Manifest:
@@ -133,7 +134,7 @@ class Tiled:
         found: list[Detections] = []
         for start in range(0, len(views), BATCH):
             found += self.detector.detect(views[start : start + BATCH])
-        return joined(found[1:], places, found[0], self.tiling, self.manifest.nms)
+        return joined(found[1:], places, found[0], self.tiling, self.manifest.nms, self.score)
 
 
 def joined(
@@ -142,27 +143,29 @@ def joined(
     whole: Detections,
     tiling: Tiling,
     rule: Select,
+    score: float | None = None,
 ) -> Detections:
     """What was found in the tiles of a photo, each object once, best first.
 
     found: of each tile, in its own pixels. places: the tiles in the photo, int64 [T, 4]. whole: found in the photo as a
     whole; of that, what has a side longer than the overlap counts. Boxes of two tiles (of one class, unless the
     detector's rule is agnostic) are one object from an IoU of `SAME` on, or of the rule's where that is less; the surer
-    is kept. Boxes of one tile are left as they are.
+    is kept. Boxes of one tile are left as they are. A box that a tile has cut is of an object that is whole in another
+    tile, or in the photo. score: where nothing so sure was found there (see `_alone`), a cut box that is as sure stays
+    as it is, to be counted; None: all of them go.
     """
     agnostic, same = rule.agnostic, min(rule.iou, SAME)
     large = (whole.boxes[:, 2:] - whole.boxes[:, :2]).max(1, initial=0) > tiling.overlap
-    parts = [_part(whole, large)]
+    parts, pieces = [_part(whole, large)], []
     for one, place in zip(found, places, strict=True):
-        part = _part(one, ~_cut(one.boxes, place, whole.hw, tiling))
         shift = np.tile(place[:2], 2).astype(np.float32)
-        parts.append(Detections(part.boxes + shift, part.scores, part.labels, whole.hw))
+        cut = _cut(one.boxes, place, whole.hw, tiling)
+        moved = Detections(one.boxes + shift, one.scores, one.labels, whole.hw)
+        parts.append(_part(moved, ~cut))
+        pieces.append(_part(moved, cut))
     views = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    boxes, scores, labels = (
-        np.concatenate([getattr(part, n) for part in parts]) for n in ("boxes", "scores", "labels")
-    )
-    order = np.argsort(-scores, kind="stable")
-    boxes, scores, labels, views = boxes[order], scores[order], labels[order], views[order]
+    boxes, scores, labels, order = _together(parts)
+    views = views[order]
     kept = np.ones(len(order), bool)
     for i in range(len(order)):
         if kept[i]:
@@ -170,7 +173,36 @@ def joined(
             if not agnostic:
                 rivals = rivals[labels[rivals] == labels[i]]
             kept[rivals[iou(boxes[i, None], boxes[rivals])[0] > same]] = False
-    return Detections(boxes[kept], scores[kept], labels[kept], whole.hw)
+    objects = Detections(boxes[kept], scores[kept], labels[kept], whole.hw)
+    if score is None:
+        return objects
+    cuts = Detections(*_together(pieces)[:3], whole.hw).above(score)
+    thick: NDArray[np.bool_] = (cuts.boxes[:, 2:] - cuts.boxes[:, :2] > (tiling.margin(1), tiling.margin(0))).all(1)
+    left = _alone(_part(cuts, thick), objects.above(score))
+    return Detections(*_together([objects, left])[:3], whole.hw) if len(left) else objects
+
+
+def _together(
+    parts: Sequence[Detections],
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+    """The boxes, scores and labels of all, best first, and the place of each among those of all."""
+    boxes, scores, labels = (
+        np.concatenate([getattr(part, n) for part in parts]) for n in ("boxes", "scores", "labels")
+    )
+    order = np.argsort(-scores, kind="stable")
+    return boxes[order], scores[order], labels[order], order
+
+
+def _alone(pieces: Detections, objects: Detections) -> Detections:
+    """The pieces of objects of which nothing else tells: no object, nor a larger such piece, lies on more than half of
+    them, whatever its class."""
+    areas = (pieces.boxes[:, 2:] - pieces.boxes[:, :2]).prod(1)
+    kept = np.zeros(len(pieces), bool)
+    for place in np.argsort(-areas, kind="stable"):
+        box, others = pieces.boxes[place], np.concatenate([objects.boxes, pieces.boxes[kept]])
+        sides = np.minimum(others[:, 2:], box[2:]) - np.maximum(others[:, :2], box[:2])
+        kept[place] = not (sides.clip(0).prod(1) > COVERED * areas[place]).any()
+    return _part(pieces, kept)
 
 
 def _part(found: Detections, kept: NDArray[np.bool_]) -> Detections:

@@ -77,7 +77,7 @@ def test_a_dense_shelf_is_counted_exactly(count: int) -> None:
         rng = np.random.default_rng((seed, count))
         hw = (1500, 2000)
         boxes, labels = shelf(rng, hw, count, 60), rng.integers(0, 2, count)
-        found = tiles.Tiled(Oracle(boxes, labels), tiles.checked((400, 480), 60)).detect([places(hw)])[0]
+        found = tiles.Tiled(Oracle(boxes, labels), tiles.checked((400, 480), 60), 0.3).detect([places(hw)])[0]
         assert rows(found.boxes, found.labels) == rows(boxes, labels)
         assert (np.diff(found.scores) <= 0).all()
 
@@ -86,7 +86,7 @@ def test_boxes_that_are_a_little_off_change_no_count() -> None:
     rng = np.random.default_rng(0)
     boxes, labels = shelf(rng, (1500, 2000), 500, 60), rng.integers(0, 2, 500)
     tiling = tiles.checked((400, 480), 68)  # room for what noise adds
-    found = tiles.Tiled(Oracle(boxes, labels, noise=0.5), tiling).detect([places((1500, 2000))])[0]
+    found = tiles.Tiled(Oracle(boxes, labels, noise=0.5), tiling, 0.3).detect([places((1500, 2000))])[0]
     assert len(found) == 500
 
 
@@ -96,9 +96,10 @@ def test_boxes_that_are_a_little_off_change_no_count() -> None:
     tile=st.tuples(st.integers(40, 300), st.integers(40, 300)),
     share=st.floats(0, 0.4),
     seed=st.integers(0, 2**32 - 1),
+    score=st.sampled_from([None, 0.3]),
 )
 def test_objects_of_any_size_in_photos_of_any_size(
-    hw: tuple[int, int], tile: tuple[int, int], share: float, seed: int
+    hw: tuple[int, int], tile: tuple[int, int], share: float, seed: int, score: float | None
 ) -> None:
     """Also those larger than the overlap, or than a tile."""
     tiling = tiles.checked(tile, int(share * min(tile)))
@@ -110,7 +111,7 @@ def test_objects_of_any_size_in_photos_of_any_size(
         side = np.maximum(rng.uniform(0.2, 1, 2) * room, 3)
         boxes.append((x, y, *np.minimum((x + side[0], y + side[1]), (hw[1], hw[0]))))
     corners, labels = np.array(boxes, np.float32), rng.integers(0, 2, len(boxes))
-    found = tiles.Tiled(Oracle(corners, labels), tiling).detect([places(hw)])[0]
+    found = tiles.Tiled(Oracle(corners, labels), tiling, score).detect([places(hw)])[0]
     assert rows(found.boxes, found.labels) == rows(corners, labels)
 
 
@@ -138,6 +139,25 @@ def test_a_photo_as_small_as_a_tile_is_looked_at_once() -> None:
     assert oracle.views == 1
     tiled.detect([places((101, 200))])
     assert oracle.views == 4  # two tiles and the whole
+
+
+def test_what_no_look_shows_whole_is_counted_where_it_is_cut() -> None:
+    """Objects longer than the overlap that the look at the whole photo, in which they are small, doesn't find."""
+    boxes = np.array([[80, 20, 225, 90], [170, 120, 320, 190], [340, 20, 380, 60]], np.float32)
+    labels = np.array([0, 1, 0])
+
+    class Near(Oracle):
+        def _one(self, image: NDArray[np.uint8]) -> Detections:
+            found = super()._one(image)
+            return found if image.shape[1] < 400 else found.above(1)
+
+    for score, count in ((None, 1), (0.3, 3)):
+        found = tiles.Tiled(Near(boxes, labels), tiles.checked((200, 220), 60), score).detect([places((200, 400))])[0]
+        assert len(found) == count
+    assert sorted(found.labels.tolist()) == [0, 0, 1]
+    for one, label in zip(found.boxes, found.labels, strict=True):
+        (own,) = (box for box in boxes[labels == label] if (one[:2] >= box[:2]).all() and (one[2:] <= box[2:]).all())
+        assert (one[2:] - one[:2]).prod() >= 0.5 * (own[2:] - own[:2]).prod()
 
 
 def test_two_classes_in_one_place_are_two_objects_unless_the_model_says_otherwise() -> None:
