@@ -177,8 +177,8 @@ def joined(
     if score is None:
         return objects
     cuts = Detections(*_together(pieces)[:3], whole.hw).above(score)
-    thick: NDArray[np.bool_] = (cuts.boxes[:, 2:] - cuts.boxes[:, :2] > (tiling.margin(1), tiling.margin(0))).all(1)
-    left = _alone(_part(cuts, thick), objects.above(score))
+    thick = (cuts.boxes[:, 2:] - cuts.boxes[:, :2] > (tiling.margin(1), tiling.margin(0))).all(axis=1)
+    left = _alone(_part(cuts, np.asarray(thick)), objects.above(score))
     return Detections(*_together([objects, left])[:3], whole.hw) if len(left) else objects
 
 
