@@ -30,6 +30,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 _EXTRAS = {
     **dict.fromkeys(("jinja2", "lxml", "matplotlib"), "data"),
     "timm": "timm",
+    "httpx2": "client",
+    **dict.fromkeys(("fastapi", "grpc", "h11", "prometheus_client", "python_multipart", "uvicorn"), "serve"),
     **dict.fromkeys(
         (
             "albumentations",
