@@ -17,6 +17,7 @@ from typing import Any
 import h11
 import uvicorn
 from pydantic import SecretStr
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.supervisors import Multiprocess
 
@@ -137,7 +138,10 @@ def _several(settings: Settings) -> None:
         os.environ[SHARED] = shared
         config = _config(settings, functools.partial(_worker, settings), factory=True)
         with _listening(config) as listener:
-            Multiprocess(config, sockets=[listener]).run()
+            several = Multiprocess(config, sockets=[listener])
+            several.run()
+            if any(one.exitcode == STARTUP_FAILURE for one in several.processes):
+                raise UserError("a worker could not start; the lines above say why")
 
 
 def _worker(settings: Settings) -> Gate:
@@ -152,7 +156,8 @@ def _listening(config: uvicorn.Config) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     # Named outright, or asyncio would not turn Nagle's algorithm off, which costs 40 ms an answer.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if os.name == "posix":  # elsewhere it would let two servers have one port
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
     except OSError as error:
