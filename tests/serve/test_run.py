@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from detkit.client import Client
+from detkit.serve import run
 from tests.serve.conftest import photo, save
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -85,6 +86,23 @@ def test_what_can_t_be_served_is_one_line_and_exit_code_2(tmp_path):
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
             assert done.returncode == 2, done.stderr
             assert reason in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_workers_that_can_t_start_end_the_server(tmp_path):
+    command = [sys.executable, "-m", "detkit", "serve", str(save(tmp_path / "m.onnx")), "--workers", "2"]
+    command += ["--device", "openvino", "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("detkit: a worker could not start")
+    assert "device 'openvino'" in done.stderr
+
+
+def test_answers_are_not_held_back(tmp_path, serve):
+    """Nagle's algorithm, which asyncio turns off on sockets that say they are TCP, would add 40 ms to each."""
+    settings = serve(save(tmp_path / "m.onnx")).settings
+    with run._listening(run._config(settings, None, factory=False)) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
 
 
 def test_the_server_needs_no_torch(tmp_path):
