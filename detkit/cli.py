@@ -271,36 +271,97 @@ def _settings(config_name: str | None, init: str | None, sets: Sequence[str]) ->
     return settings.model_copy(update={"model": model})
 
 
+MeasuredOption = Annotated[
+    str | None,
+    typer.Argument(help="a run, a checkpoint, an .onnx, or detections as .json or .jsonl; default: the newest run"),
+]
+DataOption = Annotated[Path | None, typer.Option(help="another data set's folder")]
+SplitOption = Annotated[str | None, typer.Option(help="default: the run's validation split")]
+IdsOption = Annotated[Path | None, typer.Option(help="COCO annotations whose ids COCO results have")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="write the figures to this file")]
+MarkdownOption = Annotated[Path | None, typer.Option("--md", help="the same as Markdown")]
+HtmlOption = Annotated[Path | None, typer.Option(help="write a page with plots and photos to this file")]
+ResamplesOption = Annotated[int, typer.Option(min=0, help="of the photos, for 95 % intervals; 0: none")]
+MeasuredFormat = Annotated[
+    FileFormat | None, typer.Option("--format", help="what DATA's annotations are written in; default: as the run's")
+]
+
+
 @app.command("eval")
 def evaluate(
-    model: Annotated[str | None, typer.Argument(help="a run folder or a checkpoint; default: the newest run")] = None,
-    data: Annotated[Path | None, typer.Option(help="another data set's folder")] = None,
-    split: Annotated[str | None, typer.Option(help="default: the run's validation split")] = None,
-    file_format: Annotated[
-        FileFormat | None,
-        typer.Option("--format", help="what DATA's annotations are written in; default: as the run's"),
-    ] = None,
+    model: MeasuredOption = None,
+    data: DataOption = None,
+    split: SplitOption = None,
+    file_format: MeasuredFormat = None,
+    ids: IdsOption = None,
     class_agnostic: Annotated[
         bool, typer.Option("--class-agnostic", help="an object counts as found whatever its class")
     ] = False,
     device: DeviceOption = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+    json_file: JsonOption = None,
+    markdown: MarkdownOption = None,
+    html: HtmlOption = None,
+    suspects: Annotated[
+        Path | None, typer.Option(help="a new folder for VOC XML of photos whose labels may be wrong")
+    ] = None,
+    resamples: ResamplesOption = 1000,
     nms: NmsOption = "hard",
 ) -> None:
-    """Measure a trained detector: COCO mAP and VOC AP50."""
-    from detkit import evaluate as job
+    """Measure a detector: AP, counts, thresholds, kinds of error, speed."""
+    from detkit import assess
+    from detkit.sources import Where
 
-    job.run(
-        model,
-        _console(),
-        root=data,
-        split=split,
-        file_format=file_format,
-        class_agnostic=class_agnostic,
-        device=device,
-        json_file=json_file,
-        nms=nms,
-    )
+    where = Where(data, split, file_format, ids, class_agnostic, device, nms)
+    assess.run(model, where, _console(), assess.Files(json_file, markdown, html, suspects), resamples=resamples)
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="runs, checkpoints, .onnx files, detections")],
+    data: DataOption = None,
+    split: SplitOption = None,
+    file_format: MeasuredFormat = None,
+    ids: IdsOption = None,
+    figure: Annotated[str, typer.Option(help="by which they are compared: mAP, mAP50, f1, cAcc, ...")] = "mAP",
+    device: DeviceOption = "auto",
+    json_file: JsonOption = None,
+    markdown: MarkdownOption = None,
+    html: HtmlOption = None,
+    resamples: Annotated[int, typer.Option(min=100, help="of the photos, for intervals and p")] = 1000,
+) -> None:
+    """Set detectors side by side on the same photos, and say whether each is better than the first."""
+    from detkit import assess
+    from detkit.sources import Where
+
+    where = Where(data, split, file_format, ids, device=device)
+    files = assess.Files(json_file, markdown, html)
+    assess.compare(models, where, _console(), files, resamples=resamples, figure=figure)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[
+        str | None, typer.Argument(help="a run, a checkpoint or an .onnx; default: the newest run")
+    ] = None,
+    data: DataOption = None,
+    split: SplitOption = None,
+    aim: Annotated[
+        str, typer.Option(help="of the thresholds: f1, cacc, precision=P or recall=R, such as precision=0.9")
+    ] = "f1",
+    method: Annotated[
+        Literal["none", "temperature", "isotonic"],
+        typer.Option(help="how scores are made to say how often they are right"),
+    ] = "temperature",
+    device: DeviceOption = "auto",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="a copy of the model; default: the model itself")
+    ] = None,
+) -> None:
+    """Choose a threshold for each class, calibrate scores, and keep both in the model, where predict finds them."""
+    from detkit import calibrate as job
+    from detkit.sources import Where
+
+    job.run(model, Where(data, split, device=device), _console(), aim=aim, method=method, out=out)
 
 
 @app.command()
