@@ -12,7 +12,7 @@ from rich.table import Table
 from detkit import checkpoint, matches, metrics, sources, thresholds
 from detkit.errors import UserError
 from detkit.files import atomic_write
-from detkit.manifest import KEY, Decision, Manifest
+from detkit.manifest import DIGEST, KEY, Decision, Manifest, seal
 from detkit.sources import Source, Where
 
 
@@ -88,7 +88,7 @@ def write(source: Path, out: Path, decision: Decision) -> None:
     import onnx
 
     content = onnx.load(source)
-    properties = {each.key: each.value for each in content.metadata_props}
+    properties = {each.key: each.value for each in content.metadata_props if each.key != DIGEST}
     manifest = Manifest.from_json(properties[KEY], str(source)).model_copy(update={"decision": decision})
     onnx.helper.set_model_props(content, properties | {KEY: manifest.to_json()})
-    atomic_write(out, content.SerializeToString())
+    atomic_write(out, seal(content.SerializeToString()))

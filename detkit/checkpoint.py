@@ -100,10 +100,12 @@ class Checkpoint:
 class TorchSession:
     """A checkpoint that detects as runtime.Session does an ONNX file: photos in, Detections in their pixels out.
 
-    nms: what becomes of boxes that overlap (see runtime.merge).
+    nms: what becomes of boxes that overlap (see runtime.merge). threads: torch's on the CPU; 0: as it has it.
     """
 
-    def __init__(self, path: Path, device: config.Device = "auto", nms: merge.Kind = "hard") -> None:
+    def __init__(self, path: Path, device: config.Device = "auto", nms: merge.Kind = "hard", threads: int = 0) -> None:
+        if threads:
+            torch.set_num_threads(threads)
         trained = read(path) if nms == "hard" else read(path).without_nms()
         self.nms = nms
         self.manifest = trained.manifest()

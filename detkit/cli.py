@@ -40,6 +40,7 @@ ModelOption = Annotated[
 ]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DeviceOption = Annotated[Device, typer.Option(help="where the network runs")]
+RuntimeDevice = Literal["auto", "cpu", "cuda", "mps", "tensorrt", "openvino", "coreml", "directml"]
 Nms = Literal["none", "hard", "soft", "weighted"]
 NmsOption = Annotated[Nms, typer.Option(help="overlapping boxes: as they are, NMS, soft-NMS, or weighted boxes fusion")]
 
@@ -373,43 +374,73 @@ def predict(
         Literal["json", "voc"], typer.Option("--format", help="what is written beside the pictures")
     ] = "json",
     score: Annotated[float | None, typer.Option(min=0, max=1, help="lowest score shown; default: the model's")] = None,
-    device: DeviceOption = "auto",
+    device: Annotated[
+        RuntimeDevice,
+        typer.Option(help="where the network runs; tensorrt, openvino, coreml and directml are for .onnx files"),
+    ] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="of the network on the CPU; 0: one a core")] = 0,
     nms: NmsOption = "hard",
 ) -> None:
     """Find the products in photos: a table, annotated pictures, and JSON or VOC XML."""
+    detector = _detector(model, device, threads, nms)
     from detkit.runtime import predict as job
 
-    detector = _detector(model, device, nms)
     failures = job.predict(detector, photos, out, format=file_format, score=score, console=_console())
     raise typer.Exit(1 if failures else 0)
 
 
-def _detector(model: str | None, device: Device, nms: Nms) -> Detector:
+def _detector(model: str | None, device: RuntimeDevice, threads: int, nms: Nms) -> Detector:
     """What `detkit predict` runs: a Session for an .onnx file (torch-free), else a checkpoint under torch."""
     if model is not None and Path(model).suffix == ".onnx":
         from detkit.runtime.session import Session
 
-        if device == "mps":
-            raise UserError("--device mps: ONNX files run on auto, cpu or cuda")
-        return Session(model, device=device, nms=nms)
+        return Session(model, device, threads, nms)
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise UserError(f"--device {device}: is for ONNX files; write one with  detkit export  first")
     from detkit import checkpoint
 
-    return checkpoint.TorchSession(checkpoint.find(model), device, nms)
+    return checkpoint.TorchSession(checkpoint.find(model), device, nms, threads)
 
 
 @app.command()
 def export(
     run: Annotated[str | None, typer.Argument(help="a run folder or a checkpoint; default: the newest run")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="the .onnx file; default: beside the model")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="NAME.onnx; beside it NAME-image.onnx; default: beside the model")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="data set to check it on; default: the run's")] = None,
+    takes: Annotated[
+        Literal["canvas", "image", "both"],
+        typer.Option("--input", help="canvas: batches, resized before; image: one photo of any size, for any language"),
+    ] = "canvas",
+    precision: Annotated[
+        Literal["fp32", "fp16", "int8"], typer.Option(help="of the network; int8 is calibrated on training photos")
+    ] = "fp32",
+    max_ap_drop: Annotated[
+        float, typer.Option(min=0, max=1, help="refuse fp16 or int8 where it costs more mAP than that")
+    ] = 0.01,
+    photos: Annotated[int, typer.Option(min=0, help="validation photos to check it on; 0: all")] = 1000,
     nms: Annotated[
         Literal["hard", "none"], typer.Option(help="none: left to  detkit predict --nms, or to your own code")
     ] = "hard",
 ) -> None:
-    """Write an ONNX file that takes pixels and gives boxes, after checking it against torch on real photos."""
+    """Write an ONNX file that takes pixels and gives boxes, after proving it against torch on real photos."""
     from detkit import export as job
 
-    job.run(run, out, data, _console(), nms)
+    inputs: tuple[Literal["canvas", "image"], ...] = ("canvas", "image") if takes == "both" else (takes,)
+    job.run(run, out, data, _console(), job.Plan(inputs, precision, nms, max_ap_drop, photos))
+
+
+@app.command()
+def verify(
+    model: Annotated[Path, typer.Argument(help="an .onnx file that detkit exported")],
+    device: Annotated[RuntimeDevice, typer.Option(help="where the network runs")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="of the network on the CPU; 0: one a core")] = 0,
+) -> None:
+    """Check that an exported file finds, on this machine, what it found where it was exported: exit code 1 if not."""
+    from detkit.runtime import verify as job
+
+    raise typer.Exit(0 if job.run(model, device, threads, _console()) else 1)
 
 
 @data_app.command()

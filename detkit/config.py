@@ -31,7 +31,8 @@ Init = Literal[
 class Settings(BaseModel):
     """A group of settings: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Validators are built when they are first used: the runtime needs one of these groups.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Data(Settings):

@@ -39,7 +39,7 @@ def run(console: Console) -> None:
     where = Where(device=settings.train.device)
     figures = assess.run(str(folder), where, console, assess.Files(json=folder / "figures.json"))
     _step(console, 4, "Exporting to ONNX")
-    model = export.run(str(folder), folder / f"{settings.name}.onnx", None, console)
+    (model,) = export.run(str(folder), folder / f"{settings.name}.onnx", None, console)
     _step(console, 5, "Finding products with the ONNX file, without torch")
     names = (root / "ImageSets" / "Main" / f"{settings.data.val}.txt").read_text(encoding="utf-8").split()
     photos = [root / "JPEGImages" / f"{name}.jpg" for name in names[:PHOTOS]]

@@ -157,7 +157,7 @@ class Run:
         """What gradients are clipped to, or might be."""
         return self.settings.train.clip_norm or CLIP
 
-    def slower(self, factor: float = 0.1) -> str:
+    def times(self, factor: float = 0.1) -> str:
         """The assignment that multiplies the rate."""
         return f"train.optimizer.lr={self.settings.train.optimizer.lr * factor:.2g}"
 
@@ -210,7 +210,7 @@ def _exploding(run: Run) -> Finding | None:
             f"the gradient's norm is {usual:.2g} in the median step, {usual / run.clip:.0f} times what it is clipped "
             "to: of each step only the direction is left"
         )
-        changes = (run.slower(), *_norms(run), *clip)
+        changes = (run.times(), *_norms(run), *clip)
     else:
         return None
     return Finding("exploding gradients", said, changes, Plot(curves, limit, log=True))
@@ -220,7 +220,7 @@ def _diverging(run: Run) -> Finding | None:
     """A loss that ends well above where it was, or as no number."""
     loss, steps = run.loss, run.steps["step"]
     lost = np.flatnonzero(~np.isfinite(loss))
-    changes = (run.slower(), *(() if run.settings.train.clip_norm else (f"train.clip_norm={CLIP:g}",)))
+    changes = (run.times(), *(() if run.settings.train.clip_norm else (f"train.clip_norm={CLIP:g}",)))
     if len(lost):
         at = int(lost[0])
         before = f"; {loss[0]:.3g} in the first, {loss[at - 1]:.3g} in the last that could be measured" if at else ""
@@ -247,7 +247,7 @@ def _rate_high(run: Run) -> Finding | None:
         f"learnt{_reached(run)}"
     )
     curves = (Curve("update / weights", run.steps["step"], update), run.training)
-    return Finding("rate too high", said, (run.slower(min(0.1, USUAL / peak)),), Plot(curves, FAST, log=True))
+    return Finding("rate too high", said, (run.times(min(0.1, USUAL / peak)),), Plot(curves, FAST, log=True))
 
 
 def _alike(run: Run) -> Finding | None:
@@ -290,7 +290,7 @@ def _dead(run: Run) -> Finding | None:
         changes = (*_init(run), *_leaky(run))
     else:
         cause = f"after step {since:.0f} {first:.0%} did so: large steps have pushed the others below zero"
-        changes = (run.slower(), *_leaky(run))
+        changes = (run.times(), *_leaky(run))
     said = f"{last:.0%} of the channels in the {group} give the same for whatever they see; {cause}"
     curves = tuple(run.course(f"dead in {name}", values) for name, values in shares.items())
     return Finding("dead activations", said, changes, Plot(curves, DEAD))
@@ -325,7 +325,9 @@ def _rate_low(run: Run) -> Finding | None:
         f"the loss has gone from {start:.3g} to {end:.3g}"
     )
     curves = (run.training, Curve("update / weights", run.steps["step"], update))
-    return Finding("rate too low", said, (run.slower(min(1000.0, USUAL / max(usual, 1e-9))),), Plot(curves, SLOW, log=True))
+    return Finding(
+        "rate too low", said, (run.times(min(1000.0, USUAL / max(usual, 1e-9))),), Plot(curves, SLOW, log=True)
+    )
 
 
 def _flat(run: Run) -> Finding | None:

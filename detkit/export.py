@@ -1,39 +1,67 @@
-"""A trained detector as one ONNX file, checked against torch before it is given its name."""
+"""A trained detector as one ONNX file, in fp32 or coarser, proven against torch before it is given its name."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
+import hashlib
 import io
+import json
 import logging
+import math
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from numpy.typing import NDArray
 from onnxscript import opset18
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
-from torchvision.ops import box_iou
 
-from detkit import checkpoint, config
+from detkit import __version__, checkpoint
+from detkit.console import counting
 from detkit.data import cache
-from detkit.data.dataset import EvalSet
+from detkit.data.labels import DataSet
 from detkit.errors import UserError
 from detkit.files import atomic_write
-from detkit.manifest import KEY, Manifest
-from detkit.nn.detector import Predictor
+from detkit.gate import (
+    BATCHES,
+    IOU,
+    PHOTOS,
+    SLACK,
+    Photo,
+    Report,
+    Series,
+    Subject,
+    gate,
+    measure,
+    odd,
+    photo,
+    real,
+    session,
+)
+from detkit.imagegraph import wrap
+from detkit.manifest import KEY, Golden, Manifest, Precision, seal
+from detkit.quantize import Half, Int8, fit
 from detkit.runtime.session import INPUT, OUTPUTS
+from detkit.runtime.verify import TOLERANCES, Tolerance, compare, golden, scene
+from detkit.snippets import write as write_snippets
 
 op: Any = opset18  # onnxscript's annotations forbid the constants that its operators take
 
-PHOTOS = 8  # of the validation split, on which the file is checked
-IOU, SLACK = 0.99, 1e-3  # boxes are the same from that IoU on; scores and overlaps, up to that difference
+Input = Literal["canvas", "image"]
+
+SCENES, GOLDEN = 16, 3  # made-up photos that are tried, and kept
+CALIBRATION = 100  # training photos that set the ranges of int8
+BLAMED = 32  # validation photos on which layers are compared
+ROUNDS = 20  # of the latency
 
 
 def _suppress(boxes: Any, scores: Any, iou: float, score: float, keep: int) -> Any:
@@ -133,159 +161,266 @@ def graph(module: nn.Module, inputs: Mapping[str, Tensor]) -> onnx.ModelProto:
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
-    """How ONNX Runtime compares with torch. detections: those of torch that were compared. ties: how many of them are
-    another box of an object in ONNX Runtime, since NMS chose among equals. box, score: the largest differences of the
-    others, in pixels of the input canvas and as such."""
+class Plan:
+    """What is to be exported. inputs: the kinds of file. nms: 'none' leaves that to what comes after. max_ap_drop: the
+    most mean AP that coarser numbers may cost. photos: of the validation split, that the gate looks at; 0: all."""
 
-    detections: int
-    ties: int
-    box: float
-    score: float
-
-
-class _Found(NamedTuple):
-    """The detections of one image, padding left out."""
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-
-    def above(self, floor: float) -> _Found:
-        return _Found(*(part[self.scores > floor] for part in self))
-
-    def overlaps(self, others: _Found) -> Tensor:
-        """IoU [N, M]; 0 between classes."""
-        iou: Tensor = box_iou(self.boxes, others.boxes)
-        return iou * (self.labels[:, None] == others.labels)
-
-    def same(self, others: _Found) -> Tensor:
-        """Which are one detection: bool [N, M]."""
-        return (self.overlaps(others) > IOU) & ((self.scores[:, None] - others.scores).abs() <= SLACK)
-
-    def last(self, others: _Found, room: int) -> Tensor:
-        """Which may have been cut off at the end of `others`, a list with room for so many: bool [N]."""
-        if len(others.scores) < room:
-            return torch.zeros_like(self.scores, dtype=torch.bool)
-        return self.scores <= others.scores.min() + SLACK
+    inputs: tuple[Input, ...] = ("canvas",)
+    precision: Precision = "fp32"
+    nms: Literal["hard", "none"] = "hard"
+    max_ap_drop: float = 0.01
+    photos: int = PHOTOS
 
 
-def _images(outputs: tuple[Tensor, ...]) -> list[_Found]:
-    return [_Found(*parts).above(0) for parts in zip(*outputs, strict=True)]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ground:
+    """What a file is tried on: photos of the validation split at `index`, and odd ones."""
+
+    dataset: DataSet
+    index: list[int]
+    series: list[Series]
 
 
-def _wrong(onnx_: _Found, torch_: _Found, pool: _Found, rule: config.Select, floor: float) -> int:
-    """How many detections of an image are wrong in ONNX Runtime.
-
-    pool: torch's candidates before NMS. Rounding may let NMS choose another of two nearly equal boxes, and so on along
-    a row of them. So what must hold is: each box of ONNX Runtime is a candidate of torch's, none overlaps another more
-    than the rule allows or is less sure, and each detection of torch's is there, or one that overlaps it and is at
-    least as sure.
-    """
-    ours, theirs = onnx_.above(floor), torch_.above(floor)
-    invented = ~ours.same(pool).any(1) & ~ours.last(pool, rule.candidates)
-    doubled = (ours.overlaps(ours).triu(1) > rule.iou + SLACK).any(1)
-    winner = (theirs.overlaps(onnx_) > rule.iou - SLACK) & (onnx_.scores > theirs.scores[:, None] - SLACK)
-    lost = ~theirs.same(onnx_).any(1) & ~winner.any(1) & ~theirs.last(onnx_, rule.keep)
-    unsure = onnx_.scores < rule.score - SLACK
-    return int((invented | doubled).sum() + lost.sum() + unsure.sum())
+def _written(model: onnx.ModelProto, manifest: Manifest) -> bytes:
+    """The file's content: the model with the manifest inside and its digest at the end."""
+    whole = onnx.ModelProto()
+    whole.CopyFrom(model)
+    onnx.helper.set_model_props(whole, {KEY: manifest.to_json()})
+    return seal(whole.SerializeToString())
 
 
-@torch.inference_mode()
-def check(model: bytes, predictor: Predictor, photos: Tensor) -> Check:
-    """Run an ONNX file and the predictor on the same images, in batches of 1, 3 (one of them blank) and 8.
-
-    photos: uint8 [N, 3, H, W], N >= 1, on the input canvas. Compared are the detections above 0.05, or above half the
-    best score where that is less. Raises ValueError, saying what differs, unless they find the same.
-    """
-    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
-    rule = predictor.rule
-    unselected = copy.copy(predictor)
-    unselected.rule = rule.model_copy(update={"nms": "none"})
-    if rule.nms == "none":
-        rule = rule.model_copy(update={"iou": 1.0, "keep": rule.room})
-    cycle = photos[torch.arange(12) % len(photos)]
-    found: list[tuple[_Found, _Found, _Found]] = []
-    for batch in (cycle[:1], torch.stack((cycle[1], torch.full_like(cycle[0], 127), cycle[2])), cycle[3:11]):
-        outputs = tuple(map(torch.from_numpy, session.run(list(OUTPUTS), {INPUT: batch.numpy()})))
-        expected = predictor(batch)
-        for name, ours, theirs in zip(OUTPUTS, outputs, expected, strict=True):
-            if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-                raise ValueError(f"{name}: {ours.dtype} {[*ours.shape]}, not {theirs.dtype} {[*theirs.shape]}")
-        found += zip(_images(outputs), _images(expected), _images(unselected(batch)), strict=True)
-    best = max((float(theirs.scores.max()) for _, theirs, _ in found if len(theirs.scores)), default=0.0)
-    floor = max(min(0.05, best / 2), rule.score + SLACK)
-    wrong = sum(_wrong(*image, rule, floor) for image in found)
-    result = _differences(found, floor)
-    if wrong:
-        raise ValueError(f"{wrong} detections differ, of {result.detections} with a score above {floor:.3g}")
-    return result
+def _files(model: onnx.ModelProto, manifest: Manifest, inputs: Sequence[Input]) -> dict[Input, Subject]:
+    """A file of each kind, to be tried."""
+    files: dict[Input, Subject] = {}
+    for kind in inputs:
+        own = manifest.model_copy(update={"input": kind})
+        files[kind] = Subject((wrap(model, own) if kind == "image" else model).SerializeToString(), own)
+    return files
 
 
-def _differences(found: list[tuple[_Found, _Found, _Found]], floor: float) -> Check:
-    count, same, box, score = 0, 0, 0.0, 0.0
-    for ours, all_theirs, _ in found:
-        theirs = all_theirs.above(floor)
-        mine, other = theirs.same(ours).nonzero().unbind(1)
-        count += len(theirs.scores)
-        same += int(theirs.same(ours).any(1).sum())
-        if len(mine):
-            box = max(box, float((theirs.boxes[mine] - ours.boxes[other]).abs().max()))
-            score = max(score, float((theirs.scores[mine] - ours.scores[other]).abs().max()))
-    return Check(count, count - same, box, score)
-
-
-def export(predictor: Predictor, manifest: Manifest, path: Path, photos: Tensor) -> Check:
-    """Write the predictor, on the CPU, as one ONNX file with the manifest inside: input images uint8 [B, 3, H, W] RGB
-    on the canvas, outputs as Predictor's.
-
-    photos: uint8 [N, 3, H, W], N >= 1, on the canvas: what `check` runs. Raises UserError, and writes nothing, where
-    ONNX Runtime finds something else than torch.
-    """
-    model = graph(predictor.eval(), {INPUT: torch.zeros(2, 3, *manifest.size, dtype=torch.uint8)})
-    onnx.helper.set_model_props(model, {KEY: manifest.to_json()})
-    content = model.SerializeToString()
-    try:
-        result = check(content, predictor, photos)
-    except ValueError as error:
-        raise UserError(f"{path}: not written, for ONNX Runtime and torch disagree: {error}") from None
-    atomic_write(path, content)
-    return result
+def goldens(content: bytes, manifest: Manifest) -> tuple[Golden, ...]:
+    """Made-up photos, up to three, in which the model finds something, and the same without ONNX Runtime's optimiser:
+    those it is surest of. For an image file they are of several sizes."""
+    height, width = manifest.size
+    sizes = [manifest.size]
+    if manifest.input == "image":
+        sizes += [(2 * height + 1, 2 * width), (height, 3 * width), (height // 2 + 1, width // 2)]
+    subject, plain = Subject(content, manifest), Subject(content, manifest)
+    plain.session = session(content, ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    iou, score = TOLERANCES[manifest.precision]
+    tight = Tolerance((1 + iou) / 2, score / 2)
+    found: list[tuple[float, Golden]] = []
+    for seed in range(SCENES):
+        made = photo(scene(seed, sizes[seed % len(sizes)]), manifest)
+        (outputs,) = subject.run([made])
+        one = golden(seed, subject.detections(outputs, made.plan), manifest.nms.score + score)
+        found.append((max(one.scores, default=0.0), one))
+    chosen: list[Golden] = []
+    for best, one in sorted(found, key=lambda pair: -pair[0]):
+        made = photo(scene(one.seed, one.size), manifest)
+        (outputs,) = plain.run([made])
+        off = compare(plain.detections(outputs, made.plan), one, tight)
+        if best and not off.lost and not off.more and len(chosen) < GOLDEN:
+            chosen.append(one)
+    return tuple(chosen)
 
 
 def run(
-    model: str | None, out: Path | None, root: Path | None, console: Console, nms: Literal["hard", "none"] = "hard"
-) -> Path:
-    """Export a run's best checkpoint, or the checkpoint `model`, to `out` (default: beside it), and say how it went.
+    model: str | None,
+    out: Path | None,
+    root: Path | None,
+    console: Console,
+    plan: Plan = Plan(),
+) -> list[Path]:
+    """Export a run's best checkpoint, or the checkpoint `model`, and say how it went.
 
-    It is checked on photos of the run's validation split, or that of the data set in `root`. nms: 'none' leaves that
-    to what comes after; else as the run's config says. Returns the ONNX file. Raises UserError.
+    out: the canvas file, default beside the checkpoint; the image file is NAME-image.onnx beside it, the gate's report
+    NAME.report.json. They are tried on the validation split of the run, or of the data set in `root`. Returns the ONNX
+    files. Raises UserError, and then writes no ONNX file.
     """
     source = checkpoint.find(model)
     trained = checkpoint.read(source)
-    if nms == "none":
+    if plan.nms == "none":
         trained = trained.without_nms()
-    path = out or source.with_suffix(".onnx")
-    if path.suffix != ".onnx":
-        raise UserError(f"--out {path}: name a file that ends in .onnx")
+    path = _named(source, out, plan.precision)
+    manifest = trained.manifest().model_copy(update={"precision": plan.precision})
+    ground = _ground(trained, root, manifest, plan.photos)
+    predictor = trained.predictor().eval()
+    with console.status("tracing"):
+        network = graph(predictor, {INPUT: torch.zeros(2, 3, *manifest.size, dtype=torch.uint8)})
+    exact = manifest.model_copy(update={"precision": "fp32"})
+    files = _files(network, exact, plan.inputs if plan.precision == "fp32" else ("canvas",))
+    names = {kind: _path(path, kind).name for kind in files}
+    with counting(console, "ONNX Runtime beside torch") as progress:
+        named = {names[kind]: subject for kind, subject in files.items()}
+        report = gate(named, predictor, ground.series, ground.dataset, ground.index, progress)
+    console.print(report.table())
+    if report.failures:
+        raise UserError(f"{path}: not written, for ONNX Runtime and torch disagree: {'; '.join(report.failures)}")
+    said = _said(report, ground)
+    if plan.precision != "fp32":
+        network, precision = _coarser(network, manifest, plan, trained, root, ground, report, path, console)
+        files = _files(network, manifest, plan.inputs)
+        said |= {"precision": precision}
+    written, snippets = list[Path](), list[Path]()
+    for kind, subject in files.items():
+        own = subject.manifest.model_copy(update={"golden": goldens(subject.content, subject.manifest)})
+        target = _path(path, kind)
+        content = _written(onnx.load_from_string(subject.content), own)
+        atomic_write(target, content)
+        said["files"][target.name] = {
+            "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "golden photos": len(own.golden)
+        }  # fmt: skip
+        written.append(target)
+        _say(target, own, console)
+        snippets += write_snippets(target)
+    atomic_write(path.with_suffix(".report.json"), json.dumps(said, indent=1) + "\n")
+    agreed = sum(check.detections for check in report.checks)
+    console.print(
+        f"ONNX Runtime and torch agree on {agreed} detections in {len(ground.index)} of {len(ground.dataset)} "
+        f"validation photos and in {len(ground.series) - 1} kinds of odd ones, in batches of 1, 3 and 8; "
+        f"mAP {report.torch:.4f}"
+        if agreed
+        else "ONNX Runtime and torch find nothing there, so this shows little: the detector may need more training",
+        highlight=False,
+    )
+    console.print("programs that use it: " + ", ".join(map(str, snippets)), highlight=False, markup=False)
+    for program in [one for one in snippets if one.suffix == ".py"][:1]:
+        console.print(program.read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
+    return written
+
+
+def _named(source: Path, out: Path | None, precision: Precision) -> Path:
+    """The canvas file's path."""
+    if out is None:
+        mark = "" if precision == "fp32" else f"-{precision}"
+        return source.with_name(f"{source.stem}{mark}.onnx")
+    if out.suffix != ".onnx":
+        raise UserError(f"--out {out}: name a file that ends in .onnx")
+    return out.with_name(out.name.removesuffix(".onnx").removesuffix("-image") + ".onnx")
+
+
+def _path(canvas: Path, kind: Input) -> Path:
+    return canvas if kind == "canvas" else canvas.with_name(f"{canvas.stem}-image.onnx")
+
+
+def _ground(trained: checkpoint.Checkpoint, root: Path | None, manifest: Manifest, most: int) -> _Ground:
     data = trained.data(root)
     dataset = cache.load(data, data.val)
-    samples = EvalSet(dataset, trained.config.input)
-    if not len(samples):
+    if not len(dataset):
         raise UserError(f"{data.root}: no photos in '{data.val}' to check the export on")
-    chosen = np.unique(np.linspace(0, len(samples) - 1, PHOTOS).astype(int))
-    photos = torch.from_numpy(np.stack([samples[int(i)].image.transpose(2, 0, 1) for i in chosen]))
-    result = export(trained.predictor(), trained.manifest(), path, photos)
-    agreed = (
-        f"agree on {result.detections} detections ({result.ties} near ties), boxes to {result.box:.1g} px and scores "
-        f"to {result.score:.1g}"
-        if result.detections
-        else "find nothing there, so this shows little: the detector may need more training"
-    )
+    if dataset.classes != trained.classes:
+        difference = checkpoint.class_difference(dataset.classes, trained.classes)
+        raise UserError(f"{data.root}: its classes are not those of {trained.path}: {difference}")
+    index = _spread(len(dataset), most)
+    return _Ground(dataset, index, [real(dataset, index, manifest), *odd(manifest)])
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """So many of `count`, evenly; 0: all."""
+    places = np.linspace(0, count - 1, min(most or count, count)).astype(int)
+    return [int(place) for place in np.unique(places)]
+
+
+def _said(report: Report, ground: _Ground) -> dict[str, Any]:
+    """The report for JSON: what was tried, with what, and how it went."""
+    return {
+        "detkit": __version__,
+        "torch": torch.__version__,
+        "onnxruntime": ort.__version__,
+        "opset": 18,
+        "validation photos": {"tried": len(ground.index), "of": len(ground.dataset)},
+        "batches": list(BATCHES),
+        "tolerance": {"iou": IOU, "score": SLACK, "mAP": SLACK},
+        "checks": [asdict(check) for check in report.checks],
+        "mAP": {"torch": report.torch, **report.files},
+        "files": {},
+    }
+
+
+def _say(path: Path, manifest: Manifest, console: Console) -> None:
+    takes = {
+        "canvas": f"batches on the canvas, uint8 [B, 3, {manifest.size[0]}, {manifest.size[1]}]",
+        "image": "one photo of any size, uint8 [height, width, 3]",
+    }
     console.print(
-        f"{path}: {path.stat().st_size / 1e6:.1f} MB. Checked on {len(photos)} photos in batches of 1, 3 and 8: "
-        f"ONNX Runtime and torch {agreed}",
+        f"{path}: {path.stat().st_size / 1e6:.1f} MB, {manifest.precision}, takes {takes[manifest.input]}; "
+        f"{len(manifest.golden)} golden photos for  detkit verify {path}",
         highlight=False,
         markup=False,
     )
-    return path
+
+
+def _coarser(
+    network: onnx.ModelProto,
+    manifest: Manifest,
+    plan: Plan,
+    trained: checkpoint.Checkpoint,
+    root: Path | None,
+    ground: _Ground,
+    report: Report,
+    path: Path,
+    console: Console,
+) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """The network in fp16 or int8, and what that changes. Raises UserError where it costs more mean AP than is allowed,
+    naming the parts of the detector that are to blame."""
+    with console.status("calibrating" if plan.precision == "int8" else "converting"):
+        numbers = Half(network) if plan.precision == "fp16" else Int8(network, _calibration(trained, root, manifest))
+
+    def measured(model: onnx.ModelProto) -> float:
+        subject = Subject(model.SerializeToString(), manifest)
+        with counting(console, f"measuring {plan.precision}") as progress:
+            return measure(subject, ground.series, ground.dataset, ground.index, progress)
+
+    some = [ground.series[0].make(i) for i in _spread(len(ground.index), BLAMED)]
+    with counting(console, "comparing layers") as progress:
+        fitted = fit(numbers, report.torch - plan.max_ap_drop, measured, some, manifest, progress)
+    drop = report.torch - fitted.value
+    if drop > plan.max_ap_drop:
+        worst = ", ".join(f"{name} ({change:.2f})" for name, change in fitted.blame[:3])
+        raise UserError(
+            f"{path}: not written: {plan.precision} lowers mAP from {report.torch:.4f} to {fitted.value:.4f}, "
+            f"by more than --max-ap-drop {plan.max_ap_drop:g}, even with {len(fitted.spare)} of {len(fitted.blame)} "
+            f"parts in fp32; to blame, by the share of detections that each alone changes: {worst}"
+        )
+    contents = [one.SerializeToString() for one in (network, fitted.model)]
+    before, after = latencies(contents, some[0])
+    table = Table("", "fp32", plan.precision, title=f"{path.name}, on the CPU, one thread", title_justify="left")
+    table.add_row("MB", *(f"{len(content) / 1e6:.2f}" for content in contents))
+    table.add_row("ms a photo, network and NMS", f"{before:.1f}", f"{after:.1f}")
+    table.add_row("mAP", f"{report.torch:.4f}", f"{fitted.value:.4f}")
+    console.print(table)
+    if fitted.spare:
+        console.print(f"left in fp32, for they change most: {', '.join(fitted.spare)}", highlight=False)
+    if after > before:
+        console.print(f"{plan.precision} is no faster than fp32 on this CPU", style="yellow", highlight=False)
+    return fitted.model, {
+        "precision": plan.precision,
+        "bytes": [len(content) for content in contents],
+        "ms": [round(before, 3), round(after, 3)],
+        "mAP": [report.torch, fitted.value],
+        "max_ap_drop": plan.max_ap_drop,
+        "fp32 parts": list(fitted.spare),
+        "changes": dict(fitted.blame),
+    }
+
+
+def _calibration(trained: checkpoint.Checkpoint, root: Path | None, manifest: Manifest) -> Iterator[NDArray[np.uint8]]:
+    """Photos of the training split on the canvas."""
+    data = trained.data(root)
+    dataset = cache.load(data, data.train)
+    series = real(dataset, _spread(len(dataset), CALIBRATION), manifest)
+    return (series.make(i).canvas for i in range(series.length))
+
+
+def latencies(contents: Sequence[bytes], example: Photo) -> list[float]:
+    """Milliseconds that each canvas file takes for a photo, with one thread: the best of some rounds, in turn."""
+    sessions = [session(content, threads=1) for content in contents]
+    best = [math.inf] * len(sessions)
+    batch = example.canvas[None]
+    for _ in range(ROUNDS):
+        for i, each in enumerate(sessions):
+            start = time.perf_counter()
+            each.run(None, {INPUT: batch})
+            best[i] = min(best[i], 1e3 * (time.perf_counter() - start))
+    return best

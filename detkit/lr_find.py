@@ -20,7 +20,7 @@ from detkit.console import counting
 from detkit.errors import UserError, need
 from detkit.files import atomic_write, next_folder
 from detkit.nn import weights
-from detkit.train import Run
+from detkit.train import NotFiniteError, Run, changed, settled
 from detkit.types import Batch
 
 PICTURE, TABLE = "lr-find.png", "lr-find.csv"
@@ -106,8 +106,8 @@ def sweep(run: Run, rates: NDArray[np.float64], progress: Callable[[int, int], N
         for group, base in zip(run.optimizer.param_groups, run.schedule.base_lrs, strict=True):
             group["lr"] = base * factor
         try:
-            loss = sum(run.train_step(*pieces).values())
-        except UserError:  # no longer finite
+            loss = sum(run.guarded_step(pieces).values())
+        except NotFiniteError:
             loss = math.inf
         losses.append(loss)
         if progress:
@@ -149,7 +149,7 @@ def run(settings: config.Config, least: float, most: float, steps: int, console:
     if not 0 < least < most:
         raise UserError(f"--min {least:g} --max {most:g}: the first is to be above 0 and below the second")
     need("matplotlib")
-    test = Run(settings, console)
+    test = Run(changed(settled(settings, console), skip=0), console)
     report = weights.load(test.detector, settings.model, test.classes)
     if settings.train.recalibrate_bn and report:
         test.recalibrate()

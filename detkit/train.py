@@ -76,6 +76,10 @@ def stacked(losses: Losses) -> Tensor:
 Judge = Callable[["Run", dict[str, Any]], None]
 
 
+class NotFiniteError(UserError):
+    """A loss or a gradient is not finite."""
+
+
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], int]]:
     """Within, the first Ctrl-C or SIGTERM is only noted (the yielded function returns its number); a second Ctrl-C
@@ -258,7 +262,7 @@ class Run:
 
     def train_step(self, *pieces: Batch) -> dict[str, float]:
         """One optimiser step on this process' micro-batches of the batch; returns the parts of the whole batch's loss;
-        none where the step was left out. Raises UserError where loss or gradient is not finite once too often.
+        none where the step was left out. Raises NotFiniteError where loss or gradient is not finite once too often.
 
         Each part of the loss is its sum over the batch divided by its denominator over the batch, which is known when
         the last micro-batch of every process has been through the network. Until then gradients are kept apart that
@@ -318,7 +322,7 @@ class Run:
         return {} if broken else values
 
     def _leave_out(self, broken: list[str], values: dict[str, float], pieces: Sequence[Batch], seen: Tensor) -> None:
-        """Note a step in which those parts of the loss are not finite. Raises UserError where it is one too many.
+        """Note a step in which those parts of the loss are not finite. Raises NotFiniteError where it is one too many.
 
         seen: sums and denominators of each micro-batch of this process, float32 [pieces, 2, parts].
         """
@@ -333,7 +337,7 @@ class Run:
             what += f", after {budget} such steps left out" * (budget > 0)
             self.log.scalars("steps", self.schedule.last_epoch + 1, self.watch.broken(values))
             how = "lower train.optimizer.lr, or leave a few such steps out with train.skip=10"
-            raise UserError(f"{what}; {how}. Photos: {distributed.broadcast(names)}")
+            raise NotFiniteError(f"{what}; {how}. Photos: {distributed.broadcast(names)}")
         self.console.print(f"{what}; left out ({self.skipped} of {budget}). Photos: {names}", style="yellow")
         self.watch.left_out(values)
 
@@ -370,13 +374,15 @@ class Run:
         cfg, batch = self.settings.train, max(pieces, key=lambda piece: len(piece.index))
         count = len(batch.index)
         said = f"{self.device}: out of memory with {count} images at a time"
-        self.settings = _changed(self.settings, accumulate=2)
+        self.settings = changed(self.settings, accumulate=2)
         self.optimizer.zero_grad(set_to_none=True)
         while count := count // 2:
             if guards.fits(lambda: self.rehearse(_first(batch, count)), self.device):
                 break
         if not count:
             return UserError(f"{said}, and with a single one: set a smaller input.size, or another backbone")
+        if not self.folder.name:
+            return UserError(f"{said}; {count} fit: set train.batch_size={count * self.pieces}")
         ranks = distributed.ranks()
         each = cfg.images // ranks
         parts = next(n for n in range(1, each + 1) if each % n == 0 and each <= n * count)
@@ -493,7 +499,7 @@ def _spread(data: DataSet, photos: int) -> DataSet:
     return data.take(filled[chosen])
 
 
-def _changed(settings: config.Config, **changes: Any) -> config.Config:
+def changed(settings: config.Config, **changes: Any) -> config.Config:
     """The settings with other ones of `train`."""
     return settings.model_copy(update={"train": settings.train.model_copy(update=changes)})
 
@@ -517,18 +523,18 @@ def _dense(run: Run, count: int) -> Batch:
     return Batch(images, Targets(boxes, labels, labels.bool()), (None,) * count, torch.arange(count))
 
 
-def _settled(settings: config.Config, console: Console) -> config.Config:
+def settled(settings: config.Config, console: Console) -> config.Config:
     """The settings with a number for `train.batch_size`: where they leave it open, one that fits into memory."""
     if settings.train.batch_size != "auto":
         return settings
     parts = distributed.ranks() * settings.train.accumulate
-    run = Run(_changed(settings, batch_size=parts, cache="none", compile=False, workers=0), console)
+    run = Run(changed(settings, batch_size=parts, cache="none", compile=False, workers=0), console)
     most = MOST if run.device.type == "cuda" else MOST_CPU
     limit = max(1, min(most, len(run.train_data) // FEWEST_STEPS // parts))
     count = guards.largest(lambda images: run.rehearse(_dense(run, images)), run.device, limit)
     why = f"twice as many might not fit into the memory of {run.device}" if count * 2 <= limit else "as many as help"
     console.print(f"train.batch_size auto is {count * parts}: {why}", highlight=False)
-    return _changed(settings, batch_size=count * parts)
+    return changed(settings, batch_size=count * parts)
 
 
 def remark(run: Run) -> str | None:
@@ -588,7 +594,7 @@ def _start(settings: config.Config, console: Console, ends: float, judge: Judge 
     settings = settings.model_copy(update={"data": settings.data.model_copy(update=folders)})
     with distributed.joint():
         loggers.check(settings)
-        settings = _settled(settings, console)
+        settings = settled(settings, console)
         run = Run(settings, console)
         report = weights.load(run.detector, settings.model, run.classes)
     if report:

@@ -294,6 +294,20 @@ def test_tools_predict_is_detkit_predict():
     assert "--model" in done.stdout
 
 
+def test_tools_predict_takes_a_run_and_an_onnx_file(trained, tmp_path):
+    cli_ok("export", trained, "--out", tmp_path / "m.onnx")
+    photo = SHELF / "JPEGImages" / "shelf_00000.jpg"
+    for number, source in enumerate((trained, tmp_path / "m.onnx")):
+        tool = [sys.executable, ROOT / "tools" / "predict.py", photo, "--model", source, "--threads", "1"]
+        done = subprocess.run([*tool, "--out", str(number)], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / str(number) / "shelf_00000.json").exists()
+
+
+def test_a_device_for_onnx_files_is_none_for_a_run(trained, run):
+    one_line(run("predict", "x.jpg", "--model", trained, "--device", "openvino"), "openvino", "detkit export")
+
+
 @pytest.mark.parametrize("name", ["coco", "yolo", "labelme", "cvat", "openimages", "csv"])
 def test_any_format_is_trained_on_as_it_is(trained, run, tmp_path, name):
     data = tmp_path / "data"

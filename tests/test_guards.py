@@ -1,5 +1,6 @@
 """What a run is kept from: losses that are no numbers, short memory, damaged and full disks, data that have changed."""
 
+import csv
 import io
 import os
 import re
@@ -71,6 +72,11 @@ def test_a_few_such_steps_can_be_left_out(tmp_path, console, broken):
     state, _ = checkpoint.read_state(run)
     assert state["skipped"] == 2
     assert all(bool(value.isfinite().all()) for value in state["detector"].values())
+    with (run / "steps.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["step"], row["skipped"], row["loss_box"] == "nan") for row in rows[:4]] == [
+        ("1", "0", False), ("2", "1", True), ("3", "0", False), ("4", "1", True),
+    ]  # fmt: skip
 
 
 def test_but_not_more_than_that_and_a_resumed_run_knows_how_many(tmp_path, console, broken):

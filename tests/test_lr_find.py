@@ -110,7 +110,7 @@ def test_each_group_keeps_its_proportion(tmp_path: Path, monkeypatch: pytest.Mon
     assert (curve.losses == 3).all()
 
 
-@pytest.mark.parametrize("end", [math.inf, math.nan, 1e9, UserError("the loss is no longer finite")])
+@pytest.mark.parametrize("end", [math.inf, math.nan, 1e9, train.NotFiniteError("step 3: not finite: class")])
 def test_it_ends_when_the_loss_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Any) -> None:
     given, told = iter([3.0, 2.9, 2.8, end]), []
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import box_iou, complete_box_iou_loss
 
-from detkit import config, export
+from detkit import config, export, gate
 from detkit.errors import UserError
 from detkit.nn import heads, matching
 from detkit.nn.anchors import cells
@@ -28,6 +28,7 @@ from detkit.nn.heads.yolo import distribution_focal_loss
 from detkit.nn.losses import align
 from detkit.nn.matching import Match, match_aligned
 from detkit.types import Batch, Targets
+from tests.test_manifest import manifest
 
 CLASSES = 3
 CANVAS = (96, 96)
@@ -588,7 +589,12 @@ def test_onnx_finds_what_torch_finds(name: str) -> None:
             detector.head.predict.weight.normal_(std=0.2, generator=rng)
     predictor = Predictor(detector, settings.model.select)
     graph = export.graph(predictor.eval(), {"images": photos[:2]})
-    result = export.check(graph.SerializeToString(), predictor, photos)
+    said = manifest(size=settings.input.size, nms=settings.model.select)
+    many = [gate.photo(photo.permute(1, 2, 0).contiguous().numpy(), said) for photo in photos]
+    series = gate.Series("photos", len(many), many.__getitem__, gate.BATCHES)
+    report = gate.gate({"x": gate.Subject(graph.SerializeToString(), said)}, predictor, [series])
+    assert report.failures == []
+    (result,) = report.checks
     assert result.detections > 50
     assert result.ties < result.detections / 20
     assert result.box < 0.01

@@ -58,6 +58,43 @@ def onnx_model(found: Manifest | None, size: tuple[int, int] = (64, 96)) -> onnx
     return model
 
 
+def image_model(found: Manifest | None) -> onnx.ModelProto:
+    """A detector that takes one photo, uint8 [h, w, 3]: it says a box over its left half, with the red of its top left
+    pixel / 255 as the score, and an empty box."""
+    constants = {
+        "byte": np.float32(255), "from": np.zeros(3, np.int64), "to": np.ones(3, np.int64), "flat": np.array([-1]),
+        "one": np.array([0, 1], np.float32), "share": np.array([[0, 0, 0, 0], [0, 0, 0.5, 1]], np.float32),
+        "names": np.array([1, 2]), "swap": np.array([1, 0, 1, 0]),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("Slice", ["image", "from", "to"], ["corner"]),
+        helper.make_node("Cast", ["corner"], ["red"], to=TensorProto.FLOAT),
+        helper.make_node("Div", ["red", "byte"], ["score1"]),
+        helper.make_node("Reshape", ["score1", "flat"], ["score"]),
+        helper.make_node("Mul", ["score", "one"], ["scores"]),
+        helper.make_node("Shape", ["image"], ["hwc"]),
+        helper.make_node("Gather", ["hwc", "swap"], ["whwh"]),
+        helper.make_node("Cast", ["whwh"], ["whwhf"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["share", "whwhf"], ["boxes"]),
+        helper.make_node("Identity", ["names"], ["labels"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "half",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["height", "width", 3])],
+        [
+            helper.make_tensor_value_info("boxes", TensorProto.FLOAT, [2, 4]),
+            helper.make_tensor_value_info("scores", TensorProto.FLOAT, [2]),
+            helper.make_tensor_value_info("labels", TensorProto.INT64, [2]),
+        ],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    if found is not None:
+        helper.set_model_props(model, {KEY: found.to_json()})
+    return model
+
+
 @pytest.fixture
 def make_model(tmp_path: Path) -> Make:
     """Write such a model, with a manifest that has the given changes, and return its path."""
