@@ -137,9 +137,10 @@ def load(
                     wall, taken = time.perf_counter() - start, _cpu(process) - before
                     loops.append(_loop(session, image, size, seconds / 2))
                     bare[size] += loops
+                    of_loop = told["rate"] / statistics.mean(loops)
                     rows.append({
                         "batches of": size if size > 1 else "1 (off)", "clients": clients,
-                        "photos/s": f"{told['rate']:.1f}", "of the loop": f"{told['rate'] / statistics.mean(loops):.2f}",
+                        "photos/s": f"{told['rate']:.1f}", "of the loop": f"{of_loop:.2f}",
                         **{f"{name} ms": f"{told[name]:.0f}" for name in ("p50", "p95", "p99")},
                         "server's CPU": f"{taken / wall / cores:.0%}",
                         "clients' CPU": f"{told['cpu'] / wall / cores:.1%}",

@@ -152,6 +152,100 @@ def train(
     console.print(f"\ndone: {run}\nnext:  detkit predict PHOTO --model {run}\n       detkit export {run}")
 
 
+@app.command("lr-find")
+def lr_find(
+    config_name: Annotated[
+        str, typer.Option("--config", "-c", help="a path, a file in ./configs, or a shipped config")
+    ],
+    sets: SetOption = None,
+    more: MoreSets = None,
+    least: Annotated[float, typer.Option("--min", min=0, help="the first learning rate")] = 1e-6,
+    most: Annotated[float, typer.Option("--max", min=0, help="the last one, unless the loss has left its bounds")] = 10,
+    steps: Annotated[int, typer.Option(min=20, help="mini-batches")] = 100,
+) -> None:
+    """Find a learning rate: train on mini-batches at rising rates (Smith 2017), and look at the loss."""
+    from detkit import config
+    from detkit import lr_find as job
+
+    settings = config.load(config_name, [*(sets or []), *(more or [])])
+    job.run(settings, least, most, steps, _console())
+
+
+@app.command()
+def tune(
+    config_name: Annotated[
+        str | None, typer.Option("--config", "-c", help="the starting configuration, which is the first trial")
+    ] = None,
+    sets: SetOption = None,
+    more: MoreSets = None,
+    space_name: Annotated[
+        str | None,
+        typer.Option("--space", help="what is varied: a path, a file in ./configs/search, or a shipped one"),
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="trials of the study in all, of all its processes")] = 30,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="of a trial, where shorter than the config's, which best.yaml keeps")
+    ] = None,
+    study: Annotated[str | None, typer.Option(help="its folder in the config's runs; default: NAME-tune")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="go on with the study in this folder, or nothing for the newest")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="a database's URL, as Optuna has it, or a file; default: in the study's folder")
+    ] = None,
+    objective: Annotated[
+        Literal["mAP", "mAP50", "mAP75", "VOC_AP50", "AR"], typer.Option(help="the figure that is to be high")
+    ] = "mAP",
+    sampler: Annotated[Literal["tpe", "random", "grid"], typer.Option(help="how values are chosen")] = "tpe",
+    pruner: Annotated[
+        Literal["median", "hyperband", "none"], typer.Option(help="which trials are ended early")
+    ] = "median",
+    jobs: Annotated[int, typer.Option(min=1, help="processes on this machine; GPUs are shared out")] = 1,
+    max_minutes: Annotated[
+        float | None, typer.Option(min=0, help="end after the step at which so much time has passed")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of what the sampler draws")] = 0,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="print the JSON schema of search spaces, for editors")
+    ] = False,
+) -> None:
+    """Seek better settings by trials; the same command, once more or elsewhere, goes on with the study."""
+    from detkit import config, space
+
+    if schema:
+        import json
+
+        typer.echo(json.dumps(space.schema(), indent=1))
+        return
+    if (resume is None) == (config_name is None):
+        raise UserError("name a config, such as  --config ssd_mobilenet.yaml , or a study to go on with by --resume")
+    from detkit import tune as job
+
+    console, ends = _console(), _ends(max_minutes)
+    if config_name:
+        settings = config.load(config_name, [*(sets or []), *(more or [])])
+        _, tree, left_out = space.load(space_name, settings)
+        for line in left_out:
+            console.print(f"not varied: {line}", style="yellow", markup=False, highlight=False)
+        plan = job.Plan(
+            start=settings,
+            space=tree,
+            epochs=epochs,
+            objective=objective,
+            sampler=sampler,
+            pruner=pruner,
+            seed=seed,
+        )
+        folder = settings.runs / (study or f"{settings.name}-tune")
+        job.create(folder, plan)
+    else:
+        given = {"--set": sets or more, "--space": space_name, "--study": study, "--epochs": epochs}
+        for option in (option for option, value in given.items() if value):
+            raise UserError(f"--resume goes on with the study as it was begun: leave out {option}")
+        folder = job.newest() if resume == "newest" else Path(resume or "")
+    job.run(folder, console, most=trials, jobs=jobs, storage=storage, ends=ends)
+
+
 def _ends(minutes: float | None) -> float:
     """When the time is up, as time.time() has it: in so many minutes, or when what launched this process says."""
     if ENDS in os.environ:
@@ -178,36 +272,97 @@ def _settings(config_name: str | None, init: str | None, sets: Sequence[str]) ->
     return settings.model_copy(update={"model": model})
 
 
+MeasuredOption = Annotated[
+    str | None,
+    typer.Argument(help="a run, a checkpoint, an .onnx, or detections as .json or .jsonl; default: the newest run"),
+]
+DataOption = Annotated[Path | None, typer.Option(help="another data set's folder")]
+SplitOption = Annotated[str | None, typer.Option(help="default: the run's validation split")]
+IdsOption = Annotated[Path | None, typer.Option(help="COCO annotations whose ids COCO results have")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="write the figures to this file")]
+MarkdownOption = Annotated[Path | None, typer.Option("--md", help="the same as Markdown")]
+HtmlOption = Annotated[Path | None, typer.Option(help="write a page with plots and photos to this file")]
+ResamplesOption = Annotated[int, typer.Option(min=0, help="of the photos, for 95 % intervals; 0: none")]
+MeasuredFormat = Annotated[
+    FileFormat | None, typer.Option("--format", help="what DATA's annotations are written in; default: as the run's")
+]
+
+
 @app.command("eval")
 def evaluate(
-    model: Annotated[str | None, typer.Argument(help="a run folder or a checkpoint; default: the newest run")] = None,
-    data: Annotated[Path | None, typer.Option(help="another data set's folder")] = None,
-    split: Annotated[str | None, typer.Option(help="default: the run's validation split")] = None,
-    file_format: Annotated[
-        FileFormat | None,
-        typer.Option("--format", help="what DATA's annotations are written in; default: as the run's"),
-    ] = None,
+    model: MeasuredOption = None,
+    data: DataOption = None,
+    split: SplitOption = None,
+    file_format: MeasuredFormat = None,
+    ids: IdsOption = None,
     class_agnostic: Annotated[
         bool, typer.Option("--class-agnostic", help="an object counts as found whatever its class")
     ] = False,
     device: DeviceOption = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+    json_file: JsonOption = None,
+    markdown: MarkdownOption = None,
+    html: HtmlOption = None,
+    suspects: Annotated[
+        Path | None, typer.Option(help="a new folder for VOC XML of photos whose labels may be wrong")
+    ] = None,
+    resamples: ResamplesOption = 1000,
     nms: NmsOption = "hard",
 ) -> None:
-    """Measure a trained detector: COCO mAP and VOC AP50."""
-    from detkit import evaluate as job
+    """Measure a detector: AP, counts, thresholds, kinds of error, speed."""
+    from detkit import assess
+    from detkit.sources import Where
 
-    job.run(
-        model,
-        _console(),
-        root=data,
-        split=split,
-        file_format=file_format,
-        class_agnostic=class_agnostic,
-        device=device,
-        json_file=json_file,
-        nms=nms,
-    )
+    where = Where(data, split, file_format, ids, class_agnostic, device, nms)
+    assess.run(model, where, _console(), assess.Files(json_file, markdown, html, suspects), resamples=resamples)
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="runs, checkpoints, .onnx files, detections")],
+    data: DataOption = None,
+    split: SplitOption = None,
+    file_format: MeasuredFormat = None,
+    ids: IdsOption = None,
+    figure: Annotated[str, typer.Option(help="by which they are compared: mAP, mAP50, f1, cAcc, ...")] = "mAP",
+    device: DeviceOption = "auto",
+    json_file: JsonOption = None,
+    markdown: MarkdownOption = None,
+    html: HtmlOption = None,
+    resamples: Annotated[int, typer.Option(min=100, help="of the photos, for intervals and p")] = 1000,
+) -> None:
+    """Set detectors side by side on the same photos, and say whether each is better than the first."""
+    from detkit import assess
+    from detkit.sources import Where
+
+    where = Where(data, split, file_format, ids, device=device)
+    files = assess.Files(json_file, markdown, html)
+    assess.compare(models, where, _console(), files, resamples=resamples, figure=figure)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[
+        str | None, typer.Argument(help="a run, a checkpoint or an .onnx; default: the newest run")
+    ] = None,
+    data: DataOption = None,
+    split: SplitOption = None,
+    aim: Annotated[
+        str, typer.Option(help="of the thresholds: f1, cacc, precision=P or recall=R, such as precision=0.9")
+    ] = "f1",
+    method: Annotated[
+        Literal["none", "temperature", "isotonic"],
+        typer.Option(help="how scores are made to say how often they are right"),
+    ] = "temperature",
+    device: DeviceOption = "auto",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="a copy of the model; default: the model itself")
+    ] = None,
+) -> None:
+    """Choose a threshold for each class, calibrate scores, and keep both in the model, where predict finds them."""
+    from detkit import calibrate as job
+    from detkit.sources import Where
+
+    job.run(model, Where(data, split, device=device), _console(), aim=aim, method=method, out=out)
 
 
 @app.command()
@@ -671,6 +826,19 @@ def show_cache(
             counts = ("damaged", "") if entry.photos < 0 else (str(entry.photos), str(entry.objects))
             table.add_row(entry.split or "(each file)", *counts, decimal(entry.size), str(entry.path))
         console.print(table if table.row_count else f"{path}: no caches")
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path | None, typer.Argument(help="the run's folder; default: the newest")] = None,
+    html: Annotated[Path | None, typer.Option(help="write a page with plots to this file")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the findings to this file")] = None,
+) -> None:
+    """Say what is wrong with a run by the curves it has recorded, and what to change; exit with 1 if something is."""
+    from detkit import diagnose as job
+
+    found = job.run(run or job.newest(), _console(), html=html, json_file=json_file)
+    raise typer.Exit(1 if found else 0)
 
 
 @app.command()

@@ -6,12 +6,14 @@ import os
 import random
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from detkit.errors import UserError, nearest
 from detkit.geometry import Rule
@@ -560,13 +562,31 @@ class Train(Settings):
     workers: int = Field(2, ge=0, description="loader processes of each training process")
     device: Device = "auto"
     seed: int = Field(0, ge=0)
-    tensorboard: bool = True
+    loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        ("tensorboard",), description="where the run is recorded beside its CSV files; mlflow and wandb are extras"
+    )
+    histograms: int = Field(
+        0, ge=0, description="epochs between histograms of weights and activations, at the next evaluation; 0: none"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _loggers(cls, tree: Any) -> Any:
+        """What checkpoints say that were written when TensorBoard was all there was."""
+        if isinstance(tree, dict) and isinstance(tree.get("tensorboard"), bool) and "loggers" not in tree:
+            tree = dict(tree)
+            tree["loggers"] = ("tensorboard",) if tree.pop("tensorboard") else ()
+        return tree
 
     @model_validator(mode="after")
     def _length(self) -> Train:
         if (self.epochs is None) == (self.iterations is None):
             raise ValueError("set either epochs or iterations, and the other to null")
         return self
+
+    def due(self, epoch: int, every: int) -> bool:
+        """Whether what comes every so many epochs (0: never) is due at the evaluation after an epoch (0-based)."""
+        return every > 0 and (epoch + 1) // every > (epoch + 1 - self.eval_every) // every
 
     @property
     def images(self) -> int:
@@ -659,12 +679,31 @@ def _models(annotation: object) -> Iterator[type[Settings]]:
             yield from _models(part)
 
 
-def names(model: type[Settings] = Config, prefix: str = "") -> Iterator[str]:
-    """Every setting's dotted name, groups included."""
+def fields(model: type[Settings] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting's dotted name and what it is, groups included; a name once for each class that has it."""
     for key, field in model.model_fields.items():
-        yield prefix + key
+        yield prefix + key, field
         for inner in _models(field.annotation):
-            yield from names(inner, f"{prefix}{key}.")
+            yield from fields(inner, f"{prefix}{key}.")
+
+
+@cache
+def names() -> frozenset[str]:
+    """Every setting's dotted name, groups included."""
+    return frozenset(name for name, _ in fields())
+
+
+def put(tree: dict[str, Any], dotted: str, value: object) -> None:
+    """Set what has that dotted name in a config tree, in place. Raises UserError where no setting has it."""
+    if dotted not in names():
+        raise UserError(f"no setting '{dotted}'{nearest(dotted, names())}")
+    *groups, key = dotted.split(".")
+    node = tree
+    for group in groups:
+        node = node.setdefault(group, {})
+        if not isinstance(node, dict):
+            raise UserError(f"'{group}' is not a group of settings in this config")
+    node[key] = value
 
 
 def override(tree: dict[str, Any], assignments: Sequence[str]) -> None:
@@ -673,18 +712,12 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> None:
         dotted, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"--set {assignment}: write it as name=value, such as train.epochs=5")
-        if dotted not in set(names()):
-            raise UserError(f"--set {assignment}: no setting '{dotted}'{nearest(dotted, names())}")
-        *groups, key = dotted.split(".")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-            if not isinstance(node, dict):
-                raise UserError(f"--set {assignment}: '{group}' is not a group of settings in this config")
         try:
-            node[key] = yaml.safe_load(text)
+            put(tree, dotted, yaml.safe_load(text))
         except yaml.YAMLError:
             raise UserError(f"--set {assignment}: the value is not YAML; quote it") from None
+        except UserError as error:
+            raise UserError(f"--set {assignment}: {error}") from None
 
 
 def parse(tree: object, source: str) -> Config:
@@ -697,7 +730,7 @@ def parse(tree: object, source: str) -> Config:
 
 def _reason(error: Any) -> str:
     """One of pydantic's errors as part of a line, with the setting's name."""
-    known, kind = set(names()), error["type"]
+    known, kind = names(), error["type"]
     dotted, choice = "", ""
     for at, part in enumerate(error["loc"], 1):
         name = f"{dotted}.{part}".lstrip(".")

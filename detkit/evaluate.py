@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from detkit import checkpoint, distributed, metrics
-from detkit.checkpoint import pick_device
-from detkit.config import Device
+from detkit import distributed, metrics
 from detkit.console import bar
-from detkit.data import cache
 from detkit.data.batch import Loader
-from detkit.data.dataset import EvalSet
 from detkit.data.labels import DataSet
 from detkit.errors import Interrupted, UserError
-from detkit.files import atomic_write
+from detkit.nn.contract import Losses
 from detkit.nn.detector import Predictor
 from detkit.runtime import merge
 from detkit.runtime.session import detections
 from detkit.types import Detections
+
+
+class Totals:
+    """The losses of many batches."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._denoms: dict[str, Tensor] = {}
+
+    def add(self, losses: Losses) -> None:
+        """Another batch's."""
+        for known, more in ((self._sums, losses.sums), (self._denoms, losses.denoms)):
+            for name, value in more.items():
+                known[name] = known[name] + value if name in known else value
+
+    def means(self) -> dict[str, float]:
+        """Each part's mean over the batches of all processes, in the first."""
+        pairs = {name: (float(total), float(self._denoms[name])) for name, total in self._sums.items()}
+        parts: list[dict[str, tuple[float, float]]] = distributed.gather(pairs)
+        names = dict.fromkeys(name for part in parts for name in part)
+        sums = {name: np.sum([part[name] for part in parts if name in part], axis=0) for name in names}
+        return {name: float(total / max(1.0, denom)) for name, (total, denom) in sums.items()}
 
 
 def detect(
@@ -36,12 +52,13 @@ def detect(
     console: Console,
     nms: merge.Kind = "hard",
     stop: Callable[[], int] | None = None,
+    totals: Totals | None = None,
 ) -> list[Detections]:
     """The detections of every photo that the loader gives, in order of the data set, in pixels of the original photo.
     Of several processes, each with its part of the batches, the first has those of all, and the others none.
 
     nms: what becomes of candidates that overlap, where the predictor's rule leaves that open. stop: gives the number of
-    a signal once work is to end; then this raises Interrupted.
+    a signal once work is to end; then this raises Interrupted. totals: what the losses are added to.
     """
     found: dict[int, Detections] = {}
     error = None
@@ -49,8 +66,13 @@ def detect(
         task = progress.add_task("evaluating", total=len(loader))
         try:
             for batch in loader.epoch():
-                images = batch.images.to(device, non_blocking=True)
-                outputs = [tensor.cpu().numpy() for tensor in predictor(images)]
+                batch = batch.to(device)
+                if totals is None:
+                    raw = predictor(batch.images)
+                else:
+                    raw, losses = predictor.measure(batch)
+                    totals.add(losses)
+                outputs = [tensor.cpu().numpy() for tensor in raw]
                 for index, plan, *rows in zip(batch.index.tolist(), batch.plans, *outputs, strict=True):
                     found[index] = merge.merge(detections(plan, *rows), nms, predictor.rule)
                 progress.advance(task)
@@ -75,12 +97,18 @@ def evaluate(
     device: torch.device,
     console: Console,
     stop: Callable[[], int] | None = None,
+    seen: Callable[[list[Detections]], object] | None = None,
 ) -> dict[str, Any]:
-    """The figures of `metrics.evaluate` for a predictor on a split, in every process. stop: as in `detect`."""
-    found = detect(predictor, loader, device, console, stop=stop)
-    figures = None
+    """The figures of `metrics.evaluate` for a predictor on a split, in every process, and `losses`: each part's mean.
+    stop: as in `detect`. seen: gets the detections, in the first process."""
+    totals = Totals()
+    found = detect(predictor, loader, device, console, stop=stop, totals=totals)
+    losses, figures = totals.means(), None
     if distributed.is_first():
+        if seen:
+            seen(found)
         figures = metrics.evaluate([dataset[i] for i in range(len(dataset))], found, dataset.classes)
+        figures["losses"] = losses
     shared: dict[str, Any] = distributed.broadcast(figures)
     return shared
 
@@ -100,50 +128,3 @@ def table(figures: dict[str, Any], title: str) -> Table:
     if absent:
         result.caption = f"{absent} classes have no object in this split"
     return result
-
-
-def run(
-    model: str | None,
-    console: Console,
-    *,
-    root: Path | None = None,
-    split: str | None = None,
-    file_format: str | None = None,
-    class_agnostic: bool = False,
-    device: Device = "auto",
-    json_file: Path | None = None,
-    nms: merge.Kind = "hard",
-) -> dict[str, Any]:
-    """``detkit eval``: print the figures of a run or checkpoint on a split, and write them to `json_file`.
-
-    root, split, file_format: of the data set; default: the run's. class_agnostic: an object counts as found whatever
-    class it was given, and NMS is between classes too. Raises UserError where the data set's classes are not the
-    model's.
-    """
-    trained = checkpoint.read(checkpoint.find(model))
-    if nms != "hard":
-        trained = trained.without_nms()
-    settings = trained.config
-    data = trained.data(root)
-    if file_format:
-        data = data.model_copy(update={"format": file_format})
-    dataset = cache.load_split(data, split or data.val, console)
-    if dataset.classes != trained.classes:
-        difference = checkpoint.class_difference(dataset.classes, trained.classes)
-        raise UserError(f"{data.root}: its classes are not those of {trained.path}: {difference}")
-    loader = Loader(EvalSet(dataset, settings.input), settings.train.images, settings.train.workers)
-    where = pick_device(device)
-    predictor = trained.predictor().to(where)
-    if class_agnostic:
-        predictor.rule = predictor.rule.model_copy(update={"agnostic": True})
-    found = detect(predictor, loader, where, console, nms)
-    records = [dataset[i] for i in range(len(dataset))]
-    if class_agnostic:
-        found = [replace(each, labels=np.zeros_like(each.labels)) for each in found]
-        records = [replace(each, labels=np.zeros_like(each.labels)) for each in records]
-    figures = metrics.evaluate(records, found, ("any class",) if class_agnostic else dataset.classes)
-    console.print(table(figures, f"{trained.path} on {dataset.root}, {split or data.val}"))
-    console.print(f"VOC AP50 {figures['VOC_AP50']:.3f}   AP75 {figures['mAP75']:.3f}   AR {figures['AR']:.3f}")
-    if json_file:
-        atomic_write(json_file, json.dumps(figures, indent=1) + "\n")
-    return figures

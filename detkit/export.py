@@ -286,7 +286,7 @@ def run(
     )
     console.print("programs that use it: " + ", ".join(map(str, snippets)), highlight=False, markup=False)
     for program in [one for one in snippets if one.suffix == ".py"][:1]:
-        console.print(program.read_text(encoding="utf-8"), highlight=False, markup=False)
+        console.print(program.read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
     return written
 
 

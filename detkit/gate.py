@@ -372,7 +372,9 @@ def _judge(pairs: Sequence[_Pair], predictor: Predictor, report: Report) -> None
             check.box = max(check.box, float((theirs.boxes[mine] - pair.ours.boxes[other]).abs().max()))
             check.score = max(check.score, float((theirs.scores[mine] - pair.ours.scores[other]).abs().max()))
         check.ties += int((~found).sum())
-        if not found.all() or not pair.ours.above(floor).same(pair.theirs).any(1).all():
+        known = pair.ours.above(floor).same(pair.theirs).any(1)
+        unsure = pair.ours.scores < predictor.rule.score - SLACK
+        if not found.all() or not known.all() or unsure.any():
             photo = pair.series.make(pair.index)
             (outputs,) = _run(candidates, [pair.subject.sees(photo)])
             pool = pair.subject.found(outputs, pair.plan, torchs=True)

@@ -31,7 +31,8 @@ _BETWEEN = ("Add", "AveragePool", "Clip", "Concat", "GlobalAveragePool", "MaxPoo
 _CARRIES = defaultdict(
     lambda: slice(None),
     dict.fromkeys(("Clip", "Expand", "Gather", "Pad", "Reshape", "Resize", "RoiAlign", "MaxRoiPool", "Slice"), slice(1))
-    | dict.fromkeys(("Split", "Squeeze", "Tile", "Unsqueeze", "ReduceMean", "ConstantOfShape"), slice(1))
+    | dict.fromkeys(("Split", "Squeeze", "Tile", "Unsqueeze", "ReduceMean"), slice(1))
+    | dict.fromkeys(("ConstantOfShape", "Shape"), slice(0))
     | {"ScatterND": slice(0, 3, 2), "Where": slice(1, 3)},
 )
 # Of the values that a tensor has in the photos, so many are within its range; the rest are clipped.
@@ -54,7 +55,7 @@ def _features(model: onnx.ModelProto) -> set[str]:
         node = open_ends.pop()
         for name in list(node.input)[_CARRIES[node.op_type]]:
             maker = makers.get(name)
-            if maker is not None and maker.name not in found:
+            if maker is not None and maker.name not in found and maker.op_type != "ConstantOfShape":
                 found[maker.name] = maker
                 open_ends.append(maker)
     return set(found)
@@ -124,7 +125,7 @@ def _half(model: onnx.ModelProto, chosen: Collection[str]) -> onnx.ModelProto:
                 node.input[at] = cast(name, TensorProto.FLOAT16)
             elif node.name not in chosen and name in inside:
                 node.input[at] = cast(name, TensorProto.FLOAT)
-        if node.name in chosen and node.op_type == "Cast":
+        if node.name in chosen and node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT:
             node.attribute[0].i = TensorProto.FLOAT16
         nodes.append(node)
     used = {name for node in nodes for name in node.input}
@@ -163,7 +164,7 @@ class Int8(_Reduced):
         features = _features(model)
         readers = defaultdict(list)
         for node in model.graph.node:
-            for name in node.input:
+            for name in node.input if node.op_type != "Shape" else ():  # which looks at no features
                 readers[name].append(node.name)
         self._nodes = [
             node for node in model.graph.node if node.name in features and node.op_type in _LAYERS + _BETWEEN
@@ -201,8 +202,13 @@ class Int8(_Reduced):
 
     def reduced(self, spare: Collection[str] = ()) -> onnx.ModelProto:
         """See _Reduced."""
-        left = self._left(spare)
-        chosen = [node for node in self._nodes if node.name not in left]
+        left, made, chosen = self._left(spare), set[str](), list[onnx.NodeProto]()
+        for node in self._nodes:  # in the order in which they compute
+            # What lies between two layers is int8 where all that it takes is.
+            takes = set(node.input) & self._ranges.keys()
+            if (node.op_type in _LAYERS and node.name not in left) or (node.op_type in _BETWEEN and takes <= made):
+                chosen.append(node)
+                made.update(node.output)
         with _silent():
             quantizer = QDQQuantizer(
                 copy.deepcopy(self.model),
@@ -217,6 +223,7 @@ class Int8(_Reduced):
                 extra_options={},
             )
             quantizer.quantize_model()
+            quantizer.model.topological_sort()
         model: onnx.ModelProto = quantizer.model.model
         model.producer_name, model.producer_version = self.model.producer_name, self.model.producer_version
         return model

@@ -31,7 +31,7 @@ def write(path: Path) -> list[Path]:
 
 def program(said: Manifest, model: str, suffix: str) -> str:
     """The program's text. model: the file's name. suffix: one of LANGUAGES."""
-    template = resources.files("detkit").joinpath("templates", "snippets", f"{said.input}.{suffix}")
+    template = resources.files("detkit").joinpath("templates", "snippets", f"{said.input}.{suffix}.in")
     names = [_text(name, suffix) for name in said.classes]
     classes = ",\n    ".join(", ".join(names[start : start + 8]) for start in range(0, len(names), 8))
     letterbox = said.resize == "letterbox"

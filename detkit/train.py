@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 import platform
@@ -10,7 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -20,9 +19,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
-from detkit import checkpoint, config, distributed, guards
+from detkit import checkpoint, config, distributed, guards, loggers, watch
 from detkit.checkpoint import pick_device
 from detkit.console import bar, counting, duration
 from detkit.data import cache, findings, pixels, stats
@@ -37,10 +35,10 @@ from detkit.nn.contract import Losses
 from detkit.nn.detector import Detector, Predictor, Trainable
 from detkit.nn.layers import batch_norms
 from detkit.optim import Schedule, make_optimizer
-from detkit.types import Batch, Targets
+from detkit.types import Batch, Detections, Targets
 
 # What of a Run is saved for resuming.
-PARTS = ("detector", "predictor", "optimizer", "schedule", "scaler")
+PARTS = ("detector", "predictor", "optimizer", "schedule", "scaler", "watch")
 COUNTERS = ("best", "stale", "epoch", "step_in_epoch", "totals", "counted", "skipped", "finished")
 # What of a run's settings may be others once it is resumed: the weights stay what they would be (with another number of
 # micro-batches, but for rounding).
@@ -58,6 +56,7 @@ LOG_EVERY = 60.0  # seconds between lines of progress where there is no terminal
 MOST, MOST_CPU, FEWEST_STEPS = 1024, 32, 8
 FEW = 8  # images from which BatchNorm's statistics can be relied on
 TIME_UP = 1  # why a run stops, where it is no signal; this number's is none that it listens to
+PICTURES = 20  # evaluations about, in a run, whose sample photos and curves are recorded
 FIGURES = ("mAP", "mAP50", "mAP75", "VOC_AP50")
 
 
@@ -72,6 +71,13 @@ def by_denominator(losses: Losses) -> list[list[int]]:
 def stacked(losses: Losses) -> Tensor:
     """Sums and denominators, float32 [2, parts], without gradient."""
     return torch.stack([*losses.sums.values(), *losses.denoms.values()]).detach().view(2, -1)
+
+
+Judge = Callable[["Run", dict[str, Any]], None]
+
+
+class NotFiniteError(UserError):
+    """A loss or a gradient is not finite."""
 
 
 @contextmanager
@@ -141,6 +147,9 @@ class Run:
         self.epochs = -(-self.steps // len(self.loader))  # the last may end early
         self.schedule = Schedule(self.optimizer, cfg.schedule, self.steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.precision == "fp16")
+        self.watch = watch.Watch(self.detector, self.steps, cfg.clip_norm)
+        self.log = loggers.Loggers()  # in the first process, those of the run
+        self.measured: dict[str, float] = {}  # by the last evaluation, beside its figures
 
     def _check_pieces(self) -> None:
         """Raise UserError where the batches can't be divided."""
@@ -244,21 +253,16 @@ class Run:
         and image alone; dropout, which is drawn for a whole micro-batch, also on how the batch is divided."""
         cfg = self.settings.train
         torch.manual_seed(self._seed(distributed.rank(), piece).getrandbits(63))
+        batch = batch.to(self.device)
         rng = batch.index ^ self._seed().getrandbits(32)
-        batch = Batch(
-            batch.images.to(self.device, non_blocking=True),
-            type(batch.targets)(*(tensor.to(self.device, non_blocking=True) for tensor in batch.targets)),
-            batch.plans,
-            batch.index,
-        )
         dtype = torch.float16 if cfg.precision == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype, enabled=cfg.precision != "fp32"):
-            losses: Losses = model(batch, rng.to(self.device, non_blocking=True))
+            losses: Losses = model(batch, rng)
         return losses
 
     def train_step(self, *pieces: Batch) -> dict[str, float]:
         """One optimiser step on this process' micro-batches of the batch; returns the parts of the whole batch's loss;
-        none where the step was left out. Raises UserError where loss or gradient is not finite once too often.
+        none where the step was left out. Raises NotFiniteError where loss or gradient is not finite once too often.
 
         Each part of the loss is its sum over the batch divided by its denominator over the batch, which is known when
         the last micro-batch of every process has been through the network. Until then gradients are kept apart that
@@ -266,6 +270,7 @@ class Run:
         they fit into 16 bits.
         """
         cfg, *earlier = self.settings.train, *pieces[:-1]
+        step = self.schedule.last_epoch + 1
         parameters = [parameter for parameter in self.detector.parameters() if parameter.requires_grad]
         self.optimizer.zero_grad(set_to_none=True)
         buffers = [buffer.clone() for buffer in self.detector.buffers()] if cfg.skip else []
@@ -296,7 +301,7 @@ class Run:
         total = (torch.stack([*losses.sums.values()]) * weights).sum()
         self.scaler.scale(total).backward()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = self.watch.gradients(step)
         *means, size = torch.cat([sums / denoms.clamp(min=1), norm.view(1)]).tolist()
         values = dict(zip(losses.sums, means, strict=True))
         broken = [name for name, value in values.items() if not math.isfinite(value)]
@@ -304,22 +309,20 @@ class Run:
         if not broken and not math.isfinite(size) and self.scaler.get_scale() <= 1:
             broken = ["gradient"]
         if broken:
-            self._leave_out(broken, pieces, torch.stack(seen))
+            self._leave_out(broken, values, pieces, torch.stack(seen))
             for buffer, before in zip(self.detector.buffers(), buffers, strict=True):
                 buffer.copy_(before)  # BatchNorm has seen what broke the loss
         else:
-            if cfg.clip_norm:
-                nn.utils.clip_grads_with_norm_(parameters, cfg.clip_norm, norm)
             self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.watch.moved([group["lr"] for group in self.optimizer.param_groups])
         self.schedule.step()
-        step = self.schedule.last_epoch
         # The average follows fast at first (the weights move far), then with the set decay.
         self.predictor.follow(self.detector, min(cfg.ema, step / (step + 10)))
         return {} if broken else values
 
-    def _leave_out(self, broken: list[str], pieces: Sequence[Batch], seen: Tensor) -> None:
-        """Note a step in which those parts of the loss are not finite. Raises UserError where it is one too many.
+    def _leave_out(self, broken: list[str], values: dict[str, float], pieces: Sequence[Batch], seen: Tensor) -> None:
+        """Note a step in which those parts of the loss are not finite. Raises NotFiniteError where it is one too many.
 
         seen: sums and denominators of each micro-batch of this process, float32 [pieces, 2, parts].
         """
@@ -332,9 +335,11 @@ class Run:
         budget = self.settings.train.skip
         if self.skipped > budget:
             what += f", after {budget} such steps left out" * (budget > 0)
+            self.log.scalars("steps", self.schedule.last_epoch + 1, self.watch.broken(values))
             how = "lower train.optimizer.lr, or leave a few such steps out with train.skip=10"
-            raise UserError(f"{what}; {how}. Photos: {distributed.broadcast(names)}")
+            raise NotFiniteError(f"{what}; {how}. Photos: {distributed.broadcast(names)}")
         self.console.print(f"{what}; left out ({self.skipped} of {budget}). Photos: {names}", style="yellow")
+        self.watch.left_out(values)
 
     def guarded_step(self, pieces: Sequence[Batch]) -> dict[str, float]:
         """`train_step`; what torch raises where memory or a compiler is short becomes a UserError."""
@@ -369,13 +374,15 @@ class Run:
         cfg, batch = self.settings.train, max(pieces, key=lambda piece: len(piece.index))
         count = len(batch.index)
         said = f"{self.device}: out of memory with {count} images at a time"
-        self.settings = _changed(self.settings, accumulate=2)
+        self.settings = changed(self.settings, accumulate=2)
         self.optimizer.zero_grad(set_to_none=True)
         while count := count // 2:
             if guards.fits(lambda: self.rehearse(_first(batch, count)), self.device):
                 break
         if not count:
             return UserError(f"{said}, and with a single one: set a smaller input.size, or another backbone")
+        if not self.folder.name:
+            return UserError(f"{said}; {count} fit: set train.batch_size={count * self.pieces}")
         ranks = distributed.ranks()
         each = cfg.images // ranks
         parts = next(n for n in range(1, each + 1) if each % n == 0 and each <= n * count)
@@ -409,6 +416,7 @@ class Run:
             parts = self.guarded_step(pieces)
             self.step_in_epoch, done = self.step_in_epoch + 1, done + 1
             self.counted += bool(parts)
+            self._note(parts, word.waited, time.perf_counter() - asked)
             for name, value in parts.items():
                 self.totals[name] = self.totals.get(name, 0.0) + value
             passed = time.perf_counter() - start
@@ -429,10 +437,31 @@ class Run:
         passed = time.perf_counter() - start
         return means | {"img_s": done * batch_size / passed, "data_wait": waited / passed}
 
+    def _note(self, losses: dict[str, float], waited: float, seconds: float) -> None:
+        """Record the step that has been done, where a row ends with it."""
+        images, step = min(self.settings.train.images, len(self.train_data)), self.schedule.last_epoch
+        row = self.watch.step(step, losses, images=images, waited=waited, seconds=seconds)
+        if row:
+            self.log.scalars("steps", step, row)
+
     def validate(self, stop: Callable[[], int]) -> dict[str, Any]:
         """Evaluate the averaged weights and write the last and, where it is, the best checkpoint."""
         distributed.copy_buffers(self.predictor)
-        figures = evaluate(self.predictor, self.val_loader, self.val_data, self.device, self.console, stop)
+        found: list[Detections] = []
+        averaged, step = self.predictor.detector, self.schedule.last_epoch
+        with watch.first_batch(averaged) as images:
+            figures = evaluate(
+                self.predictor, self.val_loader, self.val_data, self.device, self.console, stop, found.extend
+            )
+        self.measured = {f"val_loss_{name}": value for name, value in figures.pop("losses").items()}
+        if distributed.is_first():
+            cfg, most = self.settings.train, max(1, self.epochs // PICTURES)
+            pictures, histograms = (self.log.pictures and cfg.due(self.epoch, n) for n in (most, cfg.histograms))
+            seen = watch.look(averaged, self.detector, images[0], histograms)
+            self.measured |= seen.shares
+            watch.record(self.log, step, self.val_data, figures, found, pictures)
+            if histograms:
+                self.log.histograms(step, watch.weights(self.detector) | seen.histograms)
         names = [checkpoint.LAST]
         self.stale += 1
         if figures["mAP"] > self.best:
@@ -441,6 +470,11 @@ class Run:
         for name in names:
             self.write(name, figures)
         return figures
+
+    def unmeasured(self) -> dict[str, float]:
+        """What the row of an epoch without evaluation has in its place."""
+        losses = [f"val_loss_{name}" for name in self.totals]
+        return dict.fromkeys((*FIGURES, *losses, *watch.CHANNELS), math.nan)
 
     def write(self, name: str, figures: dict[str, Any]) -> None:
         """Write the averaged weights as a checkpoint of that name."""
@@ -465,7 +499,7 @@ def _spread(data: DataSet, photos: int) -> DataSet:
     return data.take(filled[chosen])
 
 
-def _changed(settings: config.Config, **changes: Any) -> config.Config:
+def changed(settings: config.Config, **changes: Any) -> config.Config:
     """The settings with other ones of `train`."""
     return settings.model_copy(update={"train": settings.train.model_copy(update=changes)})
 
@@ -489,18 +523,18 @@ def _dense(run: Run, count: int) -> Batch:
     return Batch(images, Targets(boxes, labels, labels.bool()), (None,) * count, torch.arange(count))
 
 
-def _settled(settings: config.Config, console: Console) -> config.Config:
+def settled(settings: config.Config, console: Console) -> config.Config:
     """The settings with a number for `train.batch_size`: where they leave it open, one that fits into memory."""
     if settings.train.batch_size != "auto":
         return settings
     parts = distributed.ranks() * settings.train.accumulate
-    run = Run(_changed(settings, batch_size=parts, cache="none", compile=False, workers=0), console)
+    run = Run(changed(settings, batch_size=parts, cache="none", compile=False, workers=0), console)
     most = MOST if run.device.type == "cuda" else MOST_CPU
     limit = max(1, min(most, len(run.train_data) // FEWEST_STEPS // parts))
     count = guards.largest(lambda images: run.rehearse(_dense(run, images)), run.device, limit)
     why = f"twice as many might not fit into the memory of {run.device}" if count * 2 <= limit else "as many as help"
     console.print(f"train.batch_size auto is {count * parts}: {why}", highlight=False)
-    return _changed(settings, batch_size=count * parts)
+    return changed(settings, batch_size=count * parts)
 
 
 def remark(run: Run) -> str | None:
@@ -539,17 +573,18 @@ def _connected(settings: config.Config) -> AbstractContextManager[None]:
     return distributed.group(pick_device(settings.train.device), settings.train.timeout)
 
 
-def start(settings: config.Config, console: Console, ends: float = math.inf) -> Path:
+def start(settings: config.Config, console: Console, ends: float = math.inf, judge: Judge | None = None) -> Path:
     """Train a new run. Returns its folder. Raises UserError for the user's mistakes, Interrupted when stopped.
 
-    ends: the time (as time.time() has it) after which no step begins: the run is evaluated, and can be resumed.
+    ends: the time (as time.time() has it) after which no step begins: the run is evaluated, and can be resumed. judge:
+    is told the figures of each epoch's evaluation, and ends the run by raising what it likes.
     """
     with _connected(settings):
         begun = distributed.remembered()
-        return _resume(begun, console, (), ends) if begun else _start(settings, console, ends)
+        return _resume(begun, console, (), ends, judge) if begun else _start(settings, console, ends, judge)
 
 
-def _start(settings: config.Config, console: Console, ends: float) -> Path:
+def _start(settings: config.Config, console: Console, ends: float, judge: Judge | None) -> Path:
     rule, settings = settings.train.scaling, distributed.scaled(settings)
     if rule != settings.train.scaling:
         lr, images = settings.train.optimizer.lr, settings.train.images
@@ -558,7 +593,8 @@ def _start(settings: config.Config, console: Console, ends: float) -> Path:
     folders = {name: path.absolute() for name in ("root", "cache") if (path := getattr(settings.data, name))}
     settings = settings.model_copy(update={"data": settings.data.model_copy(update=folders)})
     with distributed.joint():
-        settings = _settled(settings, console)
+        loggers.check(settings)
+        settings = settled(settings, console)
         run = Run(settings, console)
         report = weights.load(run.detector, settings.model, run.classes)
     if report:
@@ -575,24 +611,32 @@ def _start(settings: config.Config, console: Console, ends: float) -> Path:
         if distributed.is_first():
             run.folder = next_folder(settings.runs / f"{settings.name}-")
             atomic_write(run.folder / "config.yaml", config.dump(settings))
+            atomic_write(run.folder / loggers.CLASSES, watch.objects(train=run.train_data, val=run.val_data))
             findings.write(run.folder / "findings.jsonl", (*run.train_data.findings, *run.val_data.findings))
             run.save_state()
     run.folder = distributed.broadcast(run.folder)
     distributed.remember(run.folder)
     with _alone(run.folder):
-        return _loop(run, ends)
+        return _loop(run, ends, judge)
 
 
-def resume(folder: Path, console: Console, changes: Sequence[str] = (), ends: float = math.inf) -> Path:
+def resume(
+    folder: Path,
+    console: Console,
+    changes: Sequence[str] = (),
+    ends: float = math.inf,
+    judge: Judge | None = None,
+) -> Path:
     """Go on with a run that was stopped, from its last saved state, to what it would have come to without a stop.
 
-    changes: assignments to settings of `CHANGEABLE`. Raises UserError for others. ends: as `start` has it.
+    changes: assignments to settings of `CHANGEABLE`. Raises UserError for others. ends, judge: as `start` has
+    them.
     """
     for change in changes:
         if change.partition("=")[0] not in CHANGEABLE:
             raise UserError(f"--set {change}: a resumed run keeps its settings, but for {', '.join(CHANGEABLE)}")
     with _connected(config.load(folder / "config.yaml", changes)):
-        return _resume(folder, console, changes, ends)
+        return _resume(folder, console, changes, ends, judge)
 
 
 @contextmanager
@@ -605,13 +649,13 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _resume(folder: Path, console: Console, changes: Sequence[str], ends: float) -> Path:
+def _resume(folder: Path, console: Console, changes: Sequence[str], ends: float, judge: Judge | None) -> Path:
     folder = distributed.broadcast(folder)
     with _alone(folder):
-        return _resume_alone(folder, console, changes, ends)
+        return _resume_alone(folder, console, changes, ends, judge)
 
 
-def _resume_alone(folder: Path, console: Console, changes: Sequence[str], ends: float) -> Path:
+def _resume_alone(folder: Path, console: Console, changes: Sequence[str], ends: float, judge: Judge | None) -> Path:
     with distributed.joint():
         state, damaged = checkpoint.read_state(folder) if distributed.is_first() else ({}, "")
         settings = config.load(folder / "config.yaml", changes)
@@ -626,44 +670,21 @@ def _resume_alone(folder: Path, console: Console, changes: Sequence[str], ends: 
         run.restore(state)
     console.print(f"going on after step {run.step_in_epoch} of epoch {run.epoch + 1}", highlight=False)
     distributed.remember(folder)
-    return _loop(run, ends)
+    return _loop(run, ends, judge)
 
 
-class _Log:
-    """metrics.csv and TensorBoard events of a run; a resumed run's are continued after its epoch `epoch`."""
-
-    def __init__(self, folder: Path, tensorboard: bool, epoch: int) -> None:
-        self.path = folder / "metrics.csv"
-        self.events = SummaryWriter(folder, purge_step=epoch + 1) if tensorboard else None
-        if self.path.exists():
-            # A kill between a row and the state that goes with it would leave the row twice.
-            lines = self.path.read_text(encoding="utf-8").splitlines()[: epoch + 1]
-            atomic_write(self.path, "".join(f"{line}\n" for line in lines))
-
-    def add(self, row: dict[str, float]) -> None:
-        """One epoch's figures."""
-        new = not self.path.exists()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(row)
-            writer.writerow([round(value, 6) for value in row.values()])
-        if self.events:
-            for name, value in row.items():
-                self.events.add_scalar(name, value, int(row["epoch"]))
-            self.events.flush()
-
-
-def _loop(run: Run, ends: float) -> Path:
-    """Train, evaluate and save until the last epoch, or until the time is up."""
+def _loop(run: Run, ends: float, judge: Judge | None) -> Path:
+    """Train, evaluate and save until the last epoch, until the time is up, or until `judge` raises."""
     run.ends = ends
     cfg, console = run.settings.train, run.console
-    log = _Log(run.folder, cfg.tensorboard, run.epoch) if distributed.is_first() else None
+    with distributed.joint():
+        if distributed.is_first():
+            run.log = loggers.open_all(run.folder, run.settings, run.schedule.last_epoch, console)
     processes = f"   {distributed.ranks()} processes" if distributed.ranks() > 1 else ""
     console.print(f"run: {run.folder}   device: {run.device}{processes}   {len(run.loader)} steps an epoch")
     figures: dict[str, Any] = {}
     run.wrap()
-    with _stop_signals() as stop:
+    with _stop_signals() as stop, closing(run.log):
         while not run.finished:
             began = time.perf_counter()
             run.hold()
@@ -680,14 +701,15 @@ def _loop(run: Run, ends: float) -> Path:
                 run.schedule.measured(figures["mAP"])
                 last |= bool(cfg.until) and figures["mAP50"] >= cfg.until
                 last |= 0 < cfg.patience <= run.stale
-                row |= {name: figures[name] for name in FIGURES}
+                row |= {name: figures[name] for name in FIGURES} | run.measured
             else:
                 figures = {}
-                row |= dict.fromkeys(FIGURES, math.nan)
+                row |= run.unmeasured()
             run.epoch, run.step_in_epoch, run.totals, run.counted, run.finished = run.epoch + 1, 0, {}, 0, last
-            row["seconds"] = time.perf_counter() - began
-            if log:
-                log.add(row)
+            row |= {"memory": watch.memory(run.device), "seconds": time.perf_counter() - began}
+            run.log.scalars("metrics", run.schedule.last_epoch, row)
+            if judge and figures:
+                judge(run, figures)  # before the state is saved: after a kill it is told again, rather than never
             run.save_state()
             console.print(_line(row, run.epochs), highlight=False)
         if not run.finished:

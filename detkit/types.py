@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from detkit.geometry import ResizePlan
@@ -93,3 +94,10 @@ class Batch(NamedTuple):
     targets: Targets
     plans: tuple[ResizePlan | None, ...]
     index: Tensor  # type: ignore[assignment]  # tuple.index is not missed
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        images, *targets, index = (
+            tensor.to(device, non_blocking=True) for tensor in (self.images, *self.targets, self.index)
+        )
+        return Batch(images, Targets(*targets), self.plans, index)

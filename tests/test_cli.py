@@ -262,7 +262,8 @@ def test_eval_repeats_the_figures_of_training(trained, tmp_path, run):
     from detkit import checkpoint
 
     expected = checkpoint.read(trained / "best.safetensors").metrics
-    assert json.loads((tmp_path / "figures.json").read_text()) == expected
+    got = json.loads((tmp_path / "figures.json").read_text())
+    assert {name: got[name] for name in expected} == expected
 
 
 def test_a_class_agnostic_eval_counts_what_is_found_under_a_wrong_name(trained, tmp_path, run):
@@ -291,6 +292,20 @@ def test_tools_predict_is_detkit_predict():
         [sys.executable, ROOT / "tools" / "predict.py", "--help"], capture_output=True, text=True, check=True
     )
     assert "--model" in done.stdout
+
+
+def test_tools_predict_takes_a_run_and_an_onnx_file(trained, tmp_path):
+    cli_ok("export", trained, "--out", tmp_path / "m.onnx")
+    photo = SHELF / "JPEGImages" / "shelf_00000.jpg"
+    for number, source in enumerate((trained, tmp_path / "m.onnx")):
+        tool = [sys.executable, ROOT / "tools" / "predict.py", photo, "--model", source, "--threads", "1"]
+        done = subprocess.run([*tool, "--out", str(number)], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / str(number) / "shelf_00000.json").exists()
+
+
+def test_a_device_for_onnx_files_is_none_for_a_run(trained, run):
+    one_line(run("predict", "x.jpg", "--model", trained, "--device", "openvino"), "openvino", "detkit export")
 
 
 @pytest.mark.parametrize("name", ["coco", "yolo", "labelme", "cvat", "openimages", "csv"])

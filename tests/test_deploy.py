@@ -1,6 +1,7 @@
 """The files in deploy/: against the schemas of what reads them, and run, with stand-ins for the cluster."""
 
 import contextlib
+import csv
 import os
 import random
 import shutil
@@ -166,8 +167,8 @@ def settings(tmp_path, epochs):
 
 
 def epochs_done(run):
-    lines = (run / "metrics.csv").read_text(encoding="utf-8").splitlines()[1:]
-    return [int(line.split(",")[0]) for line in lines]
+    with (run / "metrics.csv").open(encoding="utf-8") as file:
+        return [int(row["epoch"]) for row in csv.DictReader(file)]
 
 
 POSIX = pytest.mark.skipif(sys.platform != "linux", reason="Slurm and Kubernetes run on Linux")

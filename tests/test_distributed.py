@@ -46,7 +46,7 @@ def tiny(head: str, folder: Path, *more: str) -> config.Config:
     plain = [f"data.root={SHELF}", f"data.cache={folder / 'cache'}", f"runs={folder}", "input.size=[96, 128]", SMALL]
     plain += ["model.weights=none", "train.epochs=9", "train.batch_size=8", "train.workers=0", "train.progressive=[]"]
     plain += ["train.optimizer={name: sgd, lr: 0.01, weight_decay: 0.0005}", "train.schedule.warmup_steps=3"]
-    plain += ["train.precision=fp32", "train.device=cpu", "train.tensorboard=false"]
+    plain += ["train.precision=fp32", "train.device=cpu", "train.loggers=[]"]
     still = ["model.head.dropout=0"] if head in ("yolo_v1", "faster_rcnn") else []
     return config.load(name, [*plain, *own, *still, *more])
 

@@ -1,5 +1,6 @@
 """What a run is kept from: losses that are no numbers, short memory, damaged and full disks, data that have changed."""
 
+import csv
 import io
 import os
 import re
@@ -71,6 +72,11 @@ def test_a_few_such_steps_can_be_left_out(tmp_path, console, broken):
     state, _ = checkpoint.read_state(run)
     assert state["skipped"] == 2
     assert all(bool(value.isfinite().all()) for value in state["detector"].values())
+    with (run / "steps.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["step"], row["skipped"], row["loss_box"] == "nan") for row in rows[:4]] == [
+        ("1", "0", False), ("2", "1", True), ("3", "0", False), ("4", "1", True),
+    ]  # fmt: skip
 
 
 def test_but_not_more_than_that_and_a_resumed_run_knows_how_many(tmp_path, console, broken):
@@ -156,7 +162,7 @@ def test_out_of_memory_says_what_fits_and_that_does(tmp_path):
     """With a real limit of memory that a real allocator meets."""
     sets = [f"data.root={SHELF}", f"runs={tmp_path / 'runs'}", f"data.cache={tmp_path / 'cache'}", "train.workers=0"]
     sets += ["train.progressive=[]", "model.backbone.width=0.35", "train.batch_size=16", "train.iterations=1"]
-    sets += ["train.epochs=null", "train.tensorboard=false", "input.size=[256, 256]"]
+    sets += ["train.epochs=null", "train.loggers=[]", "input.size=[256, 256]"]
     # The limit is one of addresses, of which malloc's heap gives none back: so it is to map each tensor by itself.
     quiet = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     starved = subprocess.run(

@@ -16,7 +16,7 @@ SHELF = Path(__file__).parent.parent / "datasets" / "shelf-mini"
 NAMES = sorted(path.stem for path in (SHELF.parent.parent / "configs").glob("*.yaml"))
 FEW = [
     f"data.root={SHELF}", "model.weights=none", "train.epochs=1", "train.eval_every=1", "train.batch_size=8",
-    "train.workers=0", "train.progressive=[]", "train.recalibrate_bn=0", "train.tensorboard=false",
+    "train.workers=0", "train.progressive=[]", "train.recalibrate_bn=0", "train.loggers=[]",
     "train.precision=fp32", "train.schedule.warmup_steps=0", "input.size=[64, 96]",
 ]  # fmt: skip
 # As small as each still is itself.
@@ -81,7 +81,7 @@ LEARNERS = {
 @pytest.mark.parametrize("name", LEARNERS)
 def test_sixteen_photos_are_learnt_by_heart(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    own = [f"data.root={SHELF}", f"data.cache={tmp_path / 'cache'}", "train.tensorboard=false", *LEARNERS[name]]
+    own = [f"data.root={SHELF}", f"data.cache={tmp_path / 'cache'}", "train.loggers=[]", *LEARNERS[name]]
     with pytest.raises(SystemExit) as end:
         main(["train", "--config", name, "--overfit", "16", *(word for item in own for word in ("--set", item))])
     assert not end.value.code

@@ -25,7 +25,7 @@ TINY = [
     "train.batch_size=8",
     "train.workers=0",
     "train.progressive=[]",
-    "train.tensorboard=false",
+    "train.loggers=[]",
 ]
 
 

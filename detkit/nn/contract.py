@@ -47,9 +47,11 @@ class Head(nn.Module):
     """A detection head. `Outputs` is the head's own NamedTuple of raw tensors.
 
     reference: torchvision's name of the weights of the detector that this head was made like, if there is one.
+    two_stage: whether only Outputs made with targets have losses.
     """
 
     reference: str | None = None
+    two_stage = False
 
     def forward(self, feats: Feats, hw: tuple[int, int], targets: Targets | None = None, rng: Any = None) -> Any:
         """Feature maps of a canvas of height and width `hw` -> the head's Outputs."""

@@ -11,9 +11,14 @@ from torch import Tensor, nn
 from detkit import config
 from detkit.errors import UserError
 from detkit.nn import backbones, heads, layers, necks
-from detkit.nn.contract import Losses
+from detkit.nn.contract import Feats, Losses
 from detkit.nn.select import select
 from detkit.types import Batch, Targets
+
+
+def _hw(images: Tensor) -> tuple[int, int]:
+    """The height and width of images [B, 3, H, W]."""
+    return int(images.shape[-2]), int(images.shape[-1])
 
 
 class Detector(nn.Module):
@@ -80,11 +85,12 @@ class Detector(nn.Module):
 
     def forward(self, images: Tensor, targets: Targets | None = None, rng: Any = None) -> Any:
         """images uint8 [B, 3, H, W] -> the head's Outputs."""
-        hw = (int(images.shape[-2]), int(images.shape[-1]))
-        feats = self.neck(self.backbone(self.normalise(images)))
-        if self.dropout.p:
-            feats = tuple(map(self.dropout, feats))
-        return self.head(feats, hw, targets, rng)
+        return self.head(self.features(images), _hw(images), targets, rng)
+
+    def features(self, images: Tensor) -> Feats:
+        """images uint8 [B, 3, H, W] -> the maps that the head gets."""
+        feats: Feats = self.neck(self.backbone(self.normalise(images)))
+        return tuple(map(self.dropout, feats)) if self.dropout.p else feats
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] RGB -> float32, less the mean, over the standard deviation."""
@@ -129,5 +135,13 @@ class Predictor(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See the class."""
-        hw = (int(images.shape[-2]), int(images.shape[-1]))
-        return select(self.detector.head.decode(self.detector(images)), self.rule, hw)
+        return select(self.detector.head.decode(self.detector(images)), self.rule, _hw(images))
+
+    def measure(self, batch: Batch) -> tuple[tuple[Tensor, Tensor, Tensor], Losses]:
+        """What `forward` gives for the batch's images, and the losses, from one pass through backbone and neck. What a
+        head draws by chance for its losses depends on the images' places in the data set alone."""
+        images, targets, hw = batch.images, batch.targets, _hw(batch.images)
+        head, feats = self.detector.head, self.detector.features(images)
+        outputs = head(feats, hw)
+        drawn = head(feats, hw, targets, batch.index) if head.two_stage else outputs
+        return select(head.decode(outputs), self.rule, hw), head.loss(drawn, targets)

@@ -25,7 +25,7 @@ from starlette.requests import ClientDisconnect
 
 from detkit import __version__, formats, imaging
 from detkit.manifest import Manifest
-from detkit.runtime import render
+from detkit.runtime import decide, render
 from detkit.runtime.predict import unique_stems
 from detkit.serve import rpc, v2
 from detkit.serve.gate import Gate, problem
@@ -99,7 +99,8 @@ class ModelInfo(BaseModel):
     name: str
     version: str
     classes: list[str]
-    score: float = Field(description="lowest score that is shown unless a request says")
+    score: float = Field(description="lowest score that is shown, unless a request or the model's thresholds say")
+    thresholds: list[float] = Field(description="lowest score of each class that is shown unless a request says")
     size: tuple[int, int] = Field(description="height and width of the canvas")
     device: str
 
@@ -244,7 +245,9 @@ def _photos(app: FastAPI, models: Repository, settings: Settings, metrics: Metri
         request: Request,
         model: Annotated[str | None, Query(description="default: the first")] = None,
         version: Annotated[str | None, Query(description="default: the last that was named")] = None,
-        score: Annotated[float | None, Query(ge=0, le=1, description="lowest score; default: the model's")] = None,
+        score: Annotated[
+            float | None, Query(ge=0, le=1, description="lowest score; default: the model's thresholds")
+        ] = None,
         label: Annotated[list[str] | None, Query(description="only these classes")] = None,
         format: Annotated[  # noqa: A002 - the parameter's name
             Literal["json", "picture", "voc"], Query(description="picture: the photo with boxes drawn, JPEG")
@@ -254,8 +257,7 @@ def _photos(app: FastAPI, models: Repository, settings: Settings, metrics: Metri
         chosen = _labels(entry, label)
         photos = await _received(request, settings)
         found = await entry.engine.detect(photos)
-        limit = entry.engine.manifest.score if score is None else score
-        shown = [_only(one.above(limit), chosen) for one in found]
+        shown = [_only(decide.shown(one, entry.engine.manifest, score), chosen) for one in found]
         _count(metrics, entry, shown)
         request.scope["log"] |= {
             "model": entry.name, "version": entry.version, "photos": len(photos), "objects": sum(map(len, shown))
@@ -294,8 +296,8 @@ def _count(metrics: Metrics, entry: Entry, found: Sequence[Detections]) -> None:
 def _info(entry: Entry) -> ModelInfo:
     made = entry.engine.manifest
     return ModelInfo(
-        name=entry.name, version=entry.version, classes=list(made.classes), score=made.score, size=made.size,
-        device=entry.engine.session.device,
+        name=entry.name, version=entry.version, classes=list(made.classes), score=made.score,
+        thresholds=list(decide.thresholds(made)), size=made.size, device=entry.engine.session.device,
     )  # fmt: skip
 
 

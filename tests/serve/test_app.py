@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from detkit import formats, imaging
+from detkit.manifest import Decision
 from detkit.runtime.session import Session
 from detkit.serve.observe import _Formatter
 from tests.serve.conftest import CLASSES, photo, pixels, save
@@ -158,6 +159,22 @@ def test_health_models_and_manifest(http):
     assert models[0]["classes"] == list(CLASSES)
     assert http.get("/v1/models/shelf/versions/1").json()["resize"] == "letterbox"
     assert http.get("/v1/models/shelf").json()["resize"] == "stretch"
+
+
+def test_thresholds_of_each_class_kept_in_the_model(serve, tmp_path):
+    decision = Decision(thresholds=(0.55, 0.7, 0.95))  # the photo's scores are 0.5, 0.6 and 0.9
+    server = serve(save(tmp_path / "chosen.onnx", decision=decision))
+    with httpx2.Client(base_url=server.url) as client:
+        assert client.get("/v1/models").json()[0]["thresholds"] == [0.55, 0.7, 0.95]
+
+        def found(**params):
+            told = client.post("/v1/detect", params=params, content=photo()).json()["photos"][0]["detections"]
+            return [(one["label"], one["score"]) for one in told]
+
+        everything = found(score=0)
+        limits = dict(zip(CLASSES, decision.thresholds, strict=True))
+        wanted = [(label, score) for label, score in everything if score >= limits[label]]
+        assert found() == wanted != everything
 
 
 def test_a_model_of_whole_photos(http, shared):

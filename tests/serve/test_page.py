@@ -11,6 +11,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
+from detkit.manifest import Decision
 from tests.serve.conftest import photo, save, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="Debian's Chromium")]
@@ -29,7 +30,9 @@ def browser():
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    with serving(save(folder / "a.onnx"), f"other={save(folder / 'b.onnx', score=0.8)}", queue=8) as one:
+    other = save(folder / "b.onnx", score=0.8)
+    chosen = save(folder / "c.onnx", decision=Decision(thresholds=(0.4, 0.4, 0.95)))
+    with serving(save(folder / "a.onnx"), f"other={other}", f"chosen={chosen}", queue=8) as one:
         yield one
 
 
@@ -41,7 +44,7 @@ def page(browser, server):
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("request", lambda request: faults.append(request.url) if not local(request.url, server) else None)
     page.goto(server.url)
-    expect(page.locator("#model option")).to_have_count(2)
+    expect(page.locator("#model option")).to_have_count(3)
     yield page
     assert not faults, faults
     page.close()
@@ -94,6 +97,19 @@ def test_another_model_looks_again(page):
     page.get_by_label("Model").select_option(index=1)
     expect(page.locator("#value")).to_have_text("0.80")
     expect(page.locator(".box")).to_have_count(1)
+
+
+def test_each_class_has_the_threshold_that_the_model_keeps_until_the_slider_moves(page):
+    upload(page, ("a.png", photo()))
+    page.get_by_label("Model").select_option(index=2)
+    expect(page.locator("#value")).to_have_text("each class its own")
+    expect(page.locator(".box")).to_have_count(2)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="VOC XML").click()
+    assert download.value.path().read_text(encoding="utf-8").count("<object>") == 2
+    slide(page, 0.4)
+    expect(page.locator("#value")).to_have_text("0.40")
+    expect(page.locator(".box")).to_have_count(3)
 
 
 def test_downloads(page):

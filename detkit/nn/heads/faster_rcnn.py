@@ -129,6 +129,8 @@ def _box_head(settings: FasterRCNN, channels: int) -> nn.Sequential:
 class FasterRCNNHead(Head):
     """See the module."""
 
+    two_stage = True
+
     def __init__(self, settings: FasterRCNN, below: FeatureMaps, classes: int) -> None:
         super().__init__()
         cfg = self.settings = settings
