@@ -225,7 +225,7 @@ def test_memory_stays_flat_over_many_requests(tmp_path):
             with ThreadPoolExecutor(8) as pool:
                 list(pool.map(ask, [requests // 8] * 8))
 
-        soak(800)
+        soak(2_000)
         before = memory().rss
-        soak(3200)
+        soak(8_000)
         assert memory().rss < before + 24 * 2**20
