@@ -488,7 +488,9 @@ class Run:
         if distributed.is_first():
             weights_now = self.predictor.detector.state_dict()
             epochs = self.epoch + (self.step_in_epoch == self.epoch_steps)
-            checkpoint.write(self.folder / name, weights_now, self.settings, self.classes, epochs, figures, self.photos)
+            checkpoint.write(
+                self.folder / name, weights_now, self.settings, self.classes, epochs, figures, photos=self.photos
+            )
 
 
 def _fetch(batches: Iterator[Batch], pieces: int) -> tuple[list[Batch], str | None]:

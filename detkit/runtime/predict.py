@@ -27,7 +27,7 @@ from detkit.console import bar
 from detkit.errors import Interrupted, UserError
 from detkit.files import atomic_write, next_folder
 from detkit.manifest import Manifest
-from detkit.runtime import merge, render
+from detkit.runtime import decide, merge, render
 from detkit.runtime.record import FILES, Record, counts, lines, write
 from detkit.runtime.tiles import Flipped, Tiled, Tiling
 from detkit.types import Detections
@@ -51,7 +51,7 @@ class Detector(Protocol):
 
     @property
     def manifest(self) -> Manifest:
-        """How the detector was made; its `score` is the default threshold."""
+        """How the detector was made; it decides which detections are shown."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -96,13 +96,15 @@ def _inside(folder: Path) -> list[Path]:
 
 class Job(BaseModel):
     """What `detkit predict` was asked for, kept beside a record so that it can be gone on with. folder: where it was
-    asked, which names of photos and of the model may depend on. sha256: of the model's checkpoint."""
+    asked, which names of photos and of the model may depend on. url: of
+    the server that has the model. sha256: of the model's checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     photos: tuple[str, ...]
     folder: str
     model: str
+    url: str | None = None
     sha256: str = ""
     format: str = "json"
     pictures: bool | None = None
@@ -121,8 +123,10 @@ class Job(BaseModel):
         """The detector, as it is to look at photos."""
         if self.flip:
             detector = Flipped(detector)
-        limit = detector.manifest.score if self.score is None else self.score
-        return Tiled(detector, self.tiles, limit) if self.tiles else detector
+        if self.tiles is None:
+            return detector
+        manifest, score = detector.manifest, self.score
+        return Tiled(detector, self.tiles, lambda found: decide.are_shown(found, manifest, score))
 
 
 def read_job(out: Path) -> Job:
@@ -177,7 +181,7 @@ def predict(
     A format of a file a photo writes OUT/<stem>.json (.xml, .txt), and OUT/<stem>.jpg (.png for a PNG) with the boxes;
     photos that share a stem get <stem>-2 and so on. One of a file for all writes record.FILES, photo by photo.
     out: a folder that is new or empty; default predictions/<n>. score: the lowest that is shown and written; default:
-    the manifest's. jobs: how many threads may detect at a time; photos are read, and pictures drawn, beside that.
+    as the manifest decides. jobs: how many threads may detect at a time; photos are read, and pictures drawn, beside.
     asked: is kept beside a record; where `out` has it already, its record is gone on with. Raises UserError on bad
     options and where nothing can be written; an unreadable photo is told at the end. Raises Interrupted at Ctrl-C where
     there is a record: what it holds is whole.
@@ -188,7 +192,6 @@ def predict(
     console = console or Console()
     photos = expand(inputs)
     folder = _claim(out, asked if output.recorded else None)
-    limit = detector.manifest.score if score is None else score
     report = _Report(console, detector.classes, several=len(photos) > DETAILED)
     names = dict(zip(photos, unique_stems(photos), strict=True))
     with ExitStack() as stack:
@@ -196,7 +199,7 @@ def predict(
         left = [photo for photo in photos if record is None or str(photo) not in record.done]
         if len(left) < len(photos):
             console.print(f"{len(photos) - len(left)} of {len(photos)} photos are done", highlight=False)
-        work = _Work(detector, jobs, limit, output, folder, names)
+        work = _Work(detector, jobs, score, output, folder, names)
         display = stack.enter_context(bar(console))
         display.disable = not (report.several and console.is_terminal)
         task = display.add_task("predicting", total=len(photos), completed=len(photos) - len(left))
@@ -215,10 +218,11 @@ def predict(
     report.close(folder, len(left), _summed_up(folder, output, detector.classes))
     if output.counts and not report.several:
         console.print(_counted(folder, detector.classes))
-    if work.full:
+    full = detector.full if isinstance(detector, Tiled) else work.full
+    if full:
         console.print(
-            f"{work.full} times the network's list, of {detector.manifest.nms.keep}, was full: objects may be missing. "
-            "Look at tiles (--tiles), or export from a config with a higher model.select.keep",
+            f"{full} times the network's list, of {detector.manifest.nms.keep}, was full: objects may be missing. "
+            "Look at (smaller) tiles (--tiles), or export from a config with a higher model.select.keep",
             style="yellow",
             highlight=False,
         )
@@ -251,9 +255,9 @@ class _Work:
     often the network's list of boxes was full up to the lowest score that counts."""
 
     def __init__(
-        self, detector: Detector, jobs: int, limit: float, output: Output, folder: Path, names: dict[Path, str]
+        self, detector: Detector, jobs: int, score: float | None, output: Output, folder: Path, names: dict[Path, str]
     ) -> None:
-        self.detector, self.limit, self.output, self.folder, self.names = detector, limit, output, folder, names
+        self.detector, self.score, self.output, self.folder, self.names = detector, score, output, folder, names
         self.full = 0
         self._turns = threading.Semaphore(jobs)
         # One thread detects while another reads; where several detect, each reads for itself.
@@ -287,8 +291,9 @@ class _Work:
         ]
 
     def _finished(self, photo: Path, image: NDArray[np.uint8], found: Detections) -> _Done:
-        kept = found.above(self.limit)
-        self.full += len(kept) >= self.detector.manifest.nms.keep
+        kept = decide.shown(found, self.detector.manifest, self.score)
+        if not isinstance(self.detector, Tiled):
+            self.full += len(kept) >= self.detector.manifest.nms.keep
         target, files = self.folder / self.names[photo], list[tuple[Path, bytes | str]]()
         if self.output.drawn:
             # Not with_suffix: a stem may have a dot of its own.

@@ -8,7 +8,7 @@ objects are looked for in the photo as a whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -28,6 +28,9 @@ BATCH = 8  # tiles that the detector is given at a time
 EDGE = 0.015  # share of a tile's side: a box that ends so near to its edge is taken for cut
 COVERED = 0.5  # share of a cut box that must lie on a whole one to be of the same object
 SAME = 0.5  # IoU from which boxes of two tiles are one object, where the model's own NMS doesn't say less
+
+
+Sure = Callable[[Detections], NDArray[np.bool_]]
 
 
 class Tiling(NamedTuple):
@@ -106,10 +109,10 @@ def _starts(length: int, tile: int, overlap: int) -> list[int]:
 
 class Tiled:
     """A detector that looks at tiles of a photo, and at all of it for what is larger than the overlap. A photo that is
-    no larger than a tile is looked at as it is. score: the lowest that counts; None: see `joined`."""
+    no larger than a tile is looked at as it is. sure: see `joined`. full: how many looks filled the network's list."""
 
-    def __init__(self, detector: Detector, tiling: Tiling, score: float | None = None) -> None:
-        self.detector, self.tiling, self.score = detector, tiling, score
+    def __init__(self, detector: Detector, tiling: Tiling, sure: Sure | None = None) -> None:
+        self.detector, self.tiling, self.sure, self.full = detector, tiling, sure, 0
 
     @property
     def manifest(self) -> Manifest:
@@ -125,16 +128,23 @@ class Tiled:
         """Detections of each image, uint8 [h, w, 3], in its own pixels, best first."""
         return [self._one(image) for image in images]
 
+    def _fills(self, found: Detections) -> bool:
+        shown = found if self.sure is None else _part(found, self.sure(found))
+        return len(shown) >= self.manifest.nms.keep
+
     def _one(self, image: NDArray[np.uint8]) -> Detections:
         hw = (image.shape[0], image.shape[1])
         places = self.tiling.corners(hw)
         if len(places) == 1:
-            return self.detector.detect([image])[0]
+            (only,) = self.detector.detect([image])
+            self.full += self._fills(only)
+            return only
         views = [image, *(np.ascontiguousarray(image[y1:y2, x1:x2]) for x1, y1, x2, y2 in places)]
         found: list[Detections] = []
         for start in range(0, len(views), BATCH):
             found += self.detector.detect(views[start : start + BATCH])
-        return joined(found[1:], places, found[0], self.tiling, self.manifest.nms, self.score)
+        self.full += sum(self._fills(one) for one in found)
+        return joined(found[1:], places, found[0], self.tiling, self.manifest.nms, self.sure)
 
 
 def joined(
@@ -143,7 +153,7 @@ def joined(
     whole: Detections,
     tiling: Tiling,
     rule: Select,
-    score: float | None = None,
+    sure: Sure | None = None,
 ) -> Detections:
     """What was found in the tiles of a photo, each object once, best first.
 
@@ -151,8 +161,8 @@ def joined(
     whole; of that, what has a side longer than the overlap counts. Boxes of two tiles (of one class, unless the
     detector's rule is agnostic) are one object from an IoU of `SAME` on, or of the rule's where that is less; the surer
     is kept. Boxes of one tile are left as they are. A box that a tile has cut is of an object that is whole in another
-    tile, or in the photo. score: where nothing so sure was found there (see `_alone`), a cut box that is as sure stays
-    as it is, to be counted; None: all of them go.
+    tile, or in the photo. sure: says which detections are to be counted; where none of these was found there (see
+    `_alone`), a cut box that is to be stays as it is; None: all of them go.
     """
     agnostic, same = rule.agnostic, min(rule.iou, SAME)
     large = (whole.boxes[:, 2:] - whole.boxes[:, :2]).max(1, initial=0) > tiling.overlap
@@ -174,11 +184,12 @@ def joined(
                 rivals = rivals[labels[rivals] == labels[i]]
             kept[rivals[iou(boxes[i, None], boxes[rivals])[0] > same]] = False
     objects = Detections(boxes[kept], scores[kept], labels[kept], whole.hw)
-    if score is None:
+    if sure is None:
         return objects
-    cuts = Detections(*_together(pieces)[:3], whole.hw).above(score)
+    cuts = Detections(*_together(pieces)[:3], whole.hw)
+    cuts = _part(cuts, sure(cuts))
     thick = (cuts.boxes[:, 2:] - cuts.boxes[:, :2] > (tiling.margin(1), tiling.margin(0))).all(axis=1)
-    left = _alone(_part(cuts, np.asarray(thick)), objects.above(score))
+    left = _alone(_part(cuts, np.asarray(thick)), _part(objects, sure(objects)))
     return Detections(*_together([objects, left])[:3], whole.hw) if len(left) else objects
 
 

@@ -29,7 +29,7 @@ from detkit import formats
 from detkit.console import bar
 from detkit.errors import Interrupted, UserError, need
 from detkit.files import atomic_write
-from detkit.runtime import render
+from detkit.runtime import decide, render
 from detkit.runtime.predict import Detector, free
 from detkit.types import Detections
 
@@ -156,11 +156,12 @@ class Tracked(NamedTuple):
 
 
 class Tracks:
-    """Which detection is which product, frame by frame; classes apart. limit: the score from which a thing that is not
-    known yet counts."""
+    """Which detection is which product, frame by frame; classes apart. limits: of each class, the score from which a
+    thing that is not known yet counts."""
 
-    def __init__(self, limit: float) -> None:
-        self._make: Callable[[], Any] = lambda: need("edgefirst.tracker").ByteTrack(
+    def __init__(self, limits: Sequence[float]) -> None:
+        self._limits = np.array(limits, np.float32)
+        self._make: Callable[[float], Any] = lambda limit: need("edgefirst.tracker").ByteTrack(
             high_conf=limit, iou=REACH, update=1.0, lifespan_ns=int(LINGER * 1e9)
         )
         self._trackers: dict[int, Any] = {}
@@ -169,9 +170,12 @@ class Tracks:
 
     def update(self, found: Detections, time: float) -> Tracked:
         """The detections of the next frame, at `time` seconds, that are of some thing."""
+        enough = found.scores >= UNSURE * self._limits[found.labels]
+        found = Detections(found.boxes[enough], found.scores[enough], found.labels[enough], found.hw)
         numbers = np.zeros(len(found), np.int64)
         for label in np.unique(found.labels).tolist():
-            self._trackers.setdefault(label, self._make())
+            if label not in self._trackers:
+                self._trackers[label] = self._make(float(self._limits[label]))
         for label, tracker in self._trackers.items():
             rows = np.flatnonzero(found.labels == label)
             boxes = np.ascontiguousarray(found.boxes[rows] / max(found.hw))
@@ -206,8 +210,9 @@ def predict(
     what was written until then is whole, and the only way in which a camera ends.
     """
     console = console or Console()
-    limit = detector.manifest.score if score is None else score
-    tracks, frames = Tracks(limit), 0
+    manifest, classes = detector.manifest, len(detector.classes)
+    tracks = Tracks(decide.thresholds(manifest) if score is None else (score,) * classes)
+    frames = 0
     with ExitStack() as stack:
         reader = stack.enter_context(closing(Reader(name)))
         folder = free(out)
@@ -222,7 +227,7 @@ def predict(
         try:
             for batch, found in _ahead(detector, reader, work):
                 tracked = [
-                    tracks.update(one.above(limit * UNSURE), frame.time)
+                    tracks.update(decide.scored(one, manifest), frame.time)
                     for frame, one in zip(batch, found, strict=True)
                 ]
                 for frame, one in zip(batch, tracked, strict=True):

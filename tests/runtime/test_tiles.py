@@ -67,6 +67,10 @@ def shelf(rng: np.random.Generator, hw: tuple[int, int], count: int, most: int) 
     return np.array(boxes, np.float32)
 
 
+def sure(found: Detections) -> NDArray[np.bool_]:
+    return np.asarray(found.scores >= 0.3)
+
+
 def rows(boxes: NDArray[np.float32], labels: NDArray[np.int64]) -> list[tuple[float, ...]]:
     return sorted((*box, label) for box, label in zip(boxes.round(2).tolist(), labels.tolist(), strict=True))
 
@@ -77,7 +81,7 @@ def test_a_dense_shelf_is_counted_exactly(count: int) -> None:
         rng = np.random.default_rng((seed, count))
         hw = (1500, 2000)
         boxes, labels = shelf(rng, hw, count, 60), rng.integers(0, 2, count)
-        found = tiles.Tiled(Oracle(boxes, labels), tiles.checked((400, 480), 60), 0.3).detect([places(hw)])[0]
+        found = tiles.Tiled(Oracle(boxes, labels), tiles.checked((400, 480), 60), sure).detect([places(hw)])[0]
         assert rows(found.boxes, found.labels) == rows(boxes, labels)
         assert (np.diff(found.scores) <= 0).all()
 
@@ -86,7 +90,7 @@ def test_boxes_that_are_a_little_off_change_no_count() -> None:
     rng = np.random.default_rng(0)
     boxes, labels = shelf(rng, (1500, 2000), 500, 60), rng.integers(0, 2, 500)
     tiling = tiles.checked((400, 480), 68)  # room for what noise adds
-    found = tiles.Tiled(Oracle(boxes, labels, noise=0.5), tiling, 0.3).detect([places((1500, 2000))])[0]
+    found = tiles.Tiled(Oracle(boxes, labels, noise=0.5), tiling, sure).detect([places((1500, 2000))])[0]
     assert len(found) == 500
 
 
@@ -111,7 +115,7 @@ def test_objects_of_any_size_in_photos_of_any_size(
         side = np.maximum(rng.uniform(0.2, 1, 2) * room, 3)
         boxes.append((x, y, *np.minimum((x + side[0], y + side[1]), (hw[1], hw[0]))))
     corners, labels = np.array(boxes, np.float32), rng.integers(0, 2, len(boxes))
-    found = tiles.Tiled(Oracle(corners, labels), tiling, score).detect([places(hw)])[0]
+    found = tiles.Tiled(Oracle(corners, labels), tiling, sure if score else None).detect([places(hw)])[0]
     assert rows(found.boxes, found.labels) == rows(corners, labels)
 
 
@@ -152,7 +156,9 @@ def test_what_no_look_shows_whole_is_counted_where_it_is_cut() -> None:
             return found if image.shape[1] < 400 else found.above(1)
 
     for score, count in ((None, 1), (0.3, 3)):
-        found = tiles.Tiled(Near(boxes, labels), tiles.checked((200, 220), 60), score).detect([places((200, 400))])[0]
+        found = tiles.Tiled(Near(boxes, labels), tiles.checked((200, 220), 60), sure if score else None).detect(
+            [places((200, 400))]
+        )[0]
         assert len(found) == count
     assert sorted(found.labels.tolist()) == [0, 0, 1]
     for one, label in zip(found.boxes, found.labels, strict=True):

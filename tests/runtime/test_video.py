@@ -192,7 +192,7 @@ def test_what_counts_as_a_video(tmp_path: Path) -> None:
 
 
 def test_two_classes_in_one_place_are_two_things() -> None:
-    tracks = video.Tracks(0.4)
+    tracks = video.Tracks([0.4, 0.4])
     box = np.array([[10, 10, 60, 60]] * 2, np.float32)
     for number in range(6):
         found = Detections(box, np.array([0.9, 0.8], np.float32), np.array([0, 1]), (100, 100))
@@ -202,7 +202,7 @@ def test_two_classes_in_one_place_are_two_things() -> None:
 
 
 def test_the_unsure_are_followed_but_begin_nothing() -> None:
-    tracks = video.Tracks(0.4)
+    tracks = video.Tracks([0.4, 0.4])
     for number, score in enumerate((0.3, 0.3, 0.9, 0.9, 0.3, 0.3, 0.9)):
         found = Detections(
             np.array([[10, 10, 60, 60]], np.float32), np.array([score], np.float32), np.array([0]), (99, 99)
