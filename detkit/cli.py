@@ -872,6 +872,32 @@ def show(
     console.print(f"{out}: {len(index)} of {len(dataset)} photos", markup=False, highlight=False)
 
 
+@data_app.command()
+def diff(
+    path: Annotated[Path, typer.Argument(help="the data set's folder")],
+    detections: Annotated[
+        Path, typer.Argument(help="a folder of  detkit predict --format jsonl , JSON lines, or COCO results")
+    ],
+    split: Annotated[str, typer.Option(help="which photos; 'all': every one that the detections are of")] = "all",
+    score: Annotated[float, typer.Option(min=0, max=1, help="lowest score that counts")] = 0.0,
+    iou: Annotated[float, typer.Option(min=0.05, max=1, help="overlap from which two boxes are one object")] = 0.5,
+    ids: Annotated[Path | None, typer.Option(help="the COCO annotations that the results' ids are of")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write every difference to this file")] = None,
+    xml: Annotated[
+        Path | None, typer.Option(help="a new folder for XML of the photos that differ, to be mended in LabelImg")
+    ] = None,
+    unlabelled: UnlabelledOption = "negative",
+    file_format: FormatOption = None,
+) -> None:
+    """Compare detections with the labels that are there: matched, of another class, missed, and extra."""
+    from detkit import difference
+
+    data = _data(path, None, unlabelled=unlabelled, format=file_format)
+    difference.run(
+        data, detections, _console(), split=split, score=score, iou=iou, ids=ids, json_file=json_file, xml=xml
+    )
+
+
 @data_app.command("cache")
 def show_cache(
     path: Annotated[Path, typer.Argument(help="the data set's folder")],
