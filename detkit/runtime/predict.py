@@ -197,7 +197,8 @@ def predict(
     with ExitStack() as stack:
         record = stack.enter_context(Record(folder)) if output.recorded else None
         left = [photo for photo in photos if record is None or str(photo) not in record.done]
-        if len(left) < len(photos):
+        if record and len(left) < len(photos):
+            report.failures += record.errors
             console.print(f"{len(photos) - len(left)} of {len(photos)} photos are done", highlight=False)
         work = _Work(detector, jobs, score, output, folder, names)
         display = stack.enter_context(bar(console))
@@ -215,7 +216,7 @@ def predict(
             if record is None:
                 raise
             raise Interrupted(f"stopped; go on with  detkit predict --resume {folder}", signal.SIGINT) from None
-    report.close(folder, len(left), _summed_up(folder, output, detector.classes))
+    report.close(folder, len(photos), _summed_up(folder, output, detector.classes))
     if output.counts and not report.several:
         console.print(_counted(folder, detector.classes))
     full = detector.full if isinstance(detector, Tiled) else work.full
@@ -363,6 +364,7 @@ class _Report:
     def __init__(self, console: Console, classes: Sequence[str], *, several: bool) -> None:
         self.several = several
         self.failures: list[str] = []
+        self._read = 0
         self._console, self._classes = console, classes
         self._objects: Counter[int] = Counter()
         self._photos: Counter[int] = Counter()
@@ -372,6 +374,7 @@ class _Report:
         if done.found is None:
             self.failures.append(done.error)
             return
+        self._read += 1
         labels = done.found.labels.tolist()
         self._objects.update(labels)
         self._photos.update(set(labels))
@@ -386,8 +389,7 @@ class _Report:
         """Sum up, and name the photos that could not be read."""
         if self.several:
             self._console.print(self._summary())
-        read = photos - len(self.failures)
-        found = self._objects.total()
+        found, read = self._objects.total(), self._read
         if read:
             self._line(f"{found} object{'s' * (found != 1)} in {read} photo{'s' * (read != 1)}; results in {folder}")
         for path in written:

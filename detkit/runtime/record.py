@@ -23,11 +23,13 @@ FILES = {"jsonl": LINES, "coco": "detections.json", "csv": "detections.csv"}
 
 
 class Record:
-    """The JSON lines in a folder, gone on with after the last whole line. done: the photos that are in it."""
+    """The JSON lines in a folder, gone on with after the last whole line. done: the photos that are in it. errors: why
+    some of them could not be read."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LINES
         self.done: set[str] = set()
+        self.errors: list[str] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+b", buffering=0)  # a line is one call of the system: whole, or none of it
@@ -36,7 +38,10 @@ class Record:
             for line in self._file:
                 if not line.endswith(b"\n"):
                     break
-                self.done.add(json.loads(line)["image"])
+                tree = json.loads(line)
+                self.done.add(tree["image"])
+                if "error" in tree:
+                    self.errors.append(tree["error"])
                 whole += len(line)
             self._file.truncate(whole)
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -245,10 +245,12 @@ def test_a_job_that_was_ended_is_gone_on_with_each_photo_once(tmp_path: Path, mo
     with (out / "detections.jsonl").open("ab") as file:
         file.write(b'{"image": "half a li')  # as a kill, or a full disk, leaves it
     detector, console = Fake(), quiet()
-    assert predict(detector, asked.photos, out, asked.output, asked=asked, console=console) == int(len(done) < 6)
+    assert predict(detector, asked.photos, out, asked.output, asked=asked, console=console) == 1
     assert [row["image"] for row in recorded(out)] == [str(source / f"{index:02d}.jpg") for index in range(30)]
     assert sum(detector.batches) < 30
     assert f"{len(done)} of 30 photos are done" in said(console)
+    assert "1 of 30 photos could not be read:" in said(console)
+    assert said(console).count("05.jpg") == 1
 
 
 def test_what_can_not_be_gone_on_with_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
