@@ -454,7 +454,7 @@ def folder(
     note = (
         f"{photos} photos of {width} x {width * 3 // 4} (made up) through {model.name}, {jobs} threads of one each, in "
         f"{rounds} rounds in which all had their turn. Throughput over 1/(1/d + 1/n), d decoding and n Session.detect: "
-        f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); with n the network on canvases alone, so "
+        f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); with n the network on canvases, so "
         f"that resizing counts as overhead: {bare:.3f}. Memory, first fifth of the time and last: {first:.0f} and "
         f"{last:.0f} MB."
     )
