@@ -90,7 +90,7 @@ def _pyramid_align(feats: Any, boxes: Any, levels: Any, strides: Any, size: int,
             sampling_ratio=samples, spatial_scale=1 / stride, coordinate_transformation_mode="output_half_pixel",
         )  # fmt: skip
         found.append(aligned)
-    # Each box's place in the rows of all levels. To scatter the features themselves takes three times as long.
+    # Each box's place in the rows of all levels. To scatter the features themselves takes longer.
     order = op.Concat(*rows, axis=0)
     place = op.ScatterElements(order, order, op.Range(0, op.Gather(op.Shape(order), 0), 1))
     return op.Gather(op.Concat(*found, axis=0), place)
