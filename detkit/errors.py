@@ -34,6 +34,7 @@ _EXTRAS = {
     **dict.fromkeys(
         (
             "albumentations",
+            "captum",
             "cv2",
             "filelock",
             "onnx",

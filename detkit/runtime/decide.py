@@ -25,16 +25,34 @@ def calibrated(scores: NDArray[np.floating], decision: Decision) -> NDArray[np.f
     return scores.astype(np.float64)
 
 
+def judged(found: Detections, manifest: Manifest, score: float | None = None) -> tuple[Detections, NDArray[np.bool_]]:
+    """All detections with calibrated scores, and which of them `shown` leaves, bool [K]."""
+    decision = manifest.decision
+    if decision is not None:
+        found = replace(found, scores=calibrated(found.scores, decision).astype(np.float32))
+        if score is None and decision.thresholds:
+            return found, found.scores >= np.array(decision.thresholds, np.float32)[found.labels]
+    return found, found.scores >= (manifest.score if score is None else score)
+
+
+def lowest(manifest: Manifest) -> NDArray[np.float32]:
+    """Of each class, the lowest score of the network, before calibration, that `shown` leaves: float32 [C]. More than 1
+    where none is enough."""
+    decision = manifest.decision or Decision()
+    wanted = np.array(decision.thresholds or [manifest.score] * len(manifest.classes), np.float32)
+    # Floats from 0 on are ordered as their bits are.
+    low, high = np.zeros(len(wanted), np.int32), np.full(len(wanted), np.float32(1).view(np.int32) + 1)
+    while (low < high).any():
+        middle = (low + high) // 2
+        enough = calibrated(middle.view(np.float32), decision).astype(np.float32) >= wanted
+        low, high = np.where(enough, low, middle + 1), np.where(enough, middle, high)
+    return low.view(np.float32)
+
+
 def shown(found: Detections, manifest: Manifest, score: float | None = None) -> Detections:
     """The detections that are to be shown, with calibrated scores where the manifest has a calibration.
 
     score: the lowest, instead of the manifest's thresholds.
     """
-    decision = manifest.decision
-    if decision is None:
-        return found.above(manifest.score if score is None else score)
-    found = replace(found, scores=calibrated(found.scores, decision).astype(np.float32))
-    if score is not None or not decision.thresholds:
-        return found.above(manifest.score if score is None else score)
-    kept = found.scores >= np.array(decision.thresholds, np.float32)[found.labels]
+    found, kept = judged(found, manifest, score)
     return Detections(found.boxes[kept], found.scores[kept], found.labels[kept], found.hw)
