@@ -8,6 +8,8 @@ from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
+
 from detkit import manifest as manifests
 from detkit.files import atomic_write
 from detkit.manifest import Manifest
@@ -59,9 +61,14 @@ def program(said: Manifest, model: str, suffix: str) -> str:
         "HEIGHT": str(height),
         "LETTERBOX": str(letterbox) if suffix == "py" else str(letterbox).lower(),
         "FILL": ", ".join(map(str, said.fill)),
-        "SCORES": ", ".join(f"{score}{'f' if suffix in ('cpp', 'cs') else ''}" for score in decide.lowest(said)),
+        "SCORES": ", ".join(_number(score, suffix) for score in decide.lowest(said)),
     }
     return re.sub("@([A-Z]+)@", lambda found: values[found[1]], template.read_text(encoding="utf-8"))
+
+
+def _number(value: np.float32, suffix: str) -> str:
+    """The number as a literal, as short as gives it back in 32 bits."""
+    return np.format_float_positional(value, trim="0") + ("f" if suffix in ("cpp", "cs") else "")
 
 
 def _text(value: str, suffix: str) -> str:

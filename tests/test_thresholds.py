@@ -158,6 +158,7 @@ def test_thresholds_for_scores_before_calibration_show_the_same(decision: Decisi
     labels = np.tile(np.arange(3), len(scores) // 3)
     _, kept = decide.judged(Detections(np.zeros((len(scores), 4), np.float32), scores, labels, (1, 1)), said)
     assert np.array_equal(kept, scores >= lowest[labels])
+    assert lowest.max() <= np.nextafter(np.float32(1), np.float32(2))
     assert kept.any()
 
 

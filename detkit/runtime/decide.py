@@ -45,7 +45,7 @@ def lowest(manifest: Manifest) -> NDArray[np.float32]:
     while (low < high).any():
         middle = (low + high) // 2
         enough = calibrated(middle.view(np.float32), decision).astype(np.float32) >= wanted
-        low, high = np.where(enough, low, middle + 1), np.where(enough, middle, high)
+        low, high = np.where(enough, low, np.minimum(middle + 1, high)), np.where(enough, middle, high)
     return low.view(np.float32)
 
 
