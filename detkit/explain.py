@@ -141,8 +141,9 @@ def _layers(detector: Detector, name: str | None) -> dict[str, nn.Module]:
     known = dict(detector.named_modules())
     if name is not None and name not in known:
         raise UserError(f"--layer {name}: the detector has no such module{nearest(name, known)}; backbone, neck, ...")
-    names = [name] if name is not None else ["backbone", "neck"]
-    return {each: known[each] for each in names if not (each == "neck" and isinstance(known[each], Plain))}
+    if name is not None:
+        return {name: known[name]}
+    return {each: known[each] for each in ("backbone", "neck") if not isinstance(known[each], Plain)}
 
 
 def _maps(detector: Detector, layer: nn.Module, images: Tensor) -> tuple[Tensor, ...]:

@@ -226,5 +226,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert "--layer head: gives no feature maps" in said(runs / "yolo", PHOTO, "--layer", "head")
     assert "classes.txt" in said(runs / "yolo", SHELF / "classes.txt", PHOTO)
     detector = detector_of("yolo_v1")
+    assert list(explain._layers(detector, None)) == ["backbone"]  # its neck is none
+    assert list(explain._layers(detector, "neck")) == ["neck"]
     with pytest.raises(UserError, match="4; take another layer"):
         explain.activation(detector, detector.head.hidden, images(1), (0, 0), local=False)
