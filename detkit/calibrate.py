@@ -58,21 +58,22 @@ def run(
 def decide(
     source: Source, method: thresholds.Method, wanted: thresholds.Aim
 ) -> tuple[Decision, dict[str, dict[str, float]]]:
-    """Calibration and thresholds by a model's detections, and what they are worth, before and after: `count_figures`
-    and the calibration error of each half of the photos with what the other half gave."""
+    """Calibration and thresholds by a model's detections, and what they are worth: `count_figures` and the calibration
+    error of each half of the photos with what the other half gave; before: with one threshold for all classes, of the
+    other half's best F1, and scores as they are."""
     pool = source.pool()
     state = matches.match(pool, (0.5,)).state[0, 0]
-    best = np.full(len(pool.classes), metrics.best_score(pool, state))
-    scores, shown = pool.score.copy(), np.zeros(len(pool.score), bool)
+    scores, before, after = pool.score.copy(), np.zeros(len(pool.score), bool), np.zeros(len(pool.score), bool)
     odd = np.arange(pool.photos) % 2 == 1
     for learnt, tested in ((odd, ~odd), (~odd, odd)):
-        decision = thresholds.decided(pool.of_photos(learnt), method, wanted)
-        own = tested[pool.photo]
+        half, own = pool.of_photos(learnt), tested[pool.photo]
+        before |= own & (pool.score >= metrics.best_score(half, matches.match(half, (0.5,)).state[0, 0]))
+        decision = thresholds.decided(half, method, wanted)
         scores[own] = thresholds.rescored(pool, decision).score[own]
-        shown |= own & (scores >= np.array(decision.thresholds)[pool.label])
+        after |= own & (scores >= np.array(decision.thresholds)[pool.label])
     worth = {
-        "before": _worth(metrics.counts(pool, state, best), pool.score, state),
-        "after": _worth(metrics.counted(pool, state, shown), scores, state),
+        "before": _worth(metrics.counted(pool, state, before), pool.score, state),
+        "after": _worth(metrics.counted(pool, state, after), scores, state),
     }
     return thresholds.decided(pool, method, wanted), worth
 

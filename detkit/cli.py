@@ -399,9 +399,12 @@ def predict(
     ] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="of the network on the CPU; 0: one a core")] = 0,
     nms: NmsOption = "hard",
+    url: Annotated[
+        str | None, typer.Option(help="a model server's (detkit serve): --model is a name there, or left out")
+    ] = None,
 ) -> None:
     """Find the products in photos: a table, annotated pictures, and JSON or VOC XML."""
-    detector = _detector(model, device, threads, nms)
+    detector = _detector(model, device, threads, nms) if url is None else _remote(url, model)
     from detkit.runtime import predict as job
 
     failures = job.predict(detector, photos, out, format=file_format, score=score, console=_console())
@@ -419,6 +422,12 @@ def _detector(model: str | None, device: RuntimeDevice, threads: int, nms: Nms) 
     from detkit import checkpoint
 
     return checkpoint.TorchSession(checkpoint.find(model), device, nms, threads)
+
+
+def _remote(url: str, model: str | None) -> Detector:
+    from detkit.client import Client, Remote
+
+    return Remote(Client(url), model)
 
 
 @app.command()
@@ -442,12 +451,33 @@ def export(
     nms: Annotated[
         Literal["hard", "none"], typer.Option(help="none: left to  detkit predict --nms, or to your own code")
     ] = "hard",
+    triton: Annotated[
+        Path | None,
+        typer.Option(help="also put it into this repository of Triton Inference Server; RUN may be an .onnx then"),
+    ] = None,
 ) -> None:
     """Write an ONNX file that takes pixels and gives boxes, after proving it against torch on real photos."""
+    if triton is not None and run is not None and Path(run).suffix == ".onnx":
+        _to_triton([Path(run)], triton)
+        return
     from detkit import export as job
 
     inputs: tuple[Literal["canvas", "image"], ...] = ("canvas", "image") if takes == "both" else (takes,)
-    job.run(run, out, data, _console(), job.Plan(inputs, precision, nms, max_ap_drop, photos))
+    written = job.run(run, out, data, _console(), job.Plan(inputs, precision, nms, max_ap_drop, photos))
+    if triton is not None:
+        _to_triton(written, triton)
+
+
+def _to_triton(models: Sequence[Path], repository: Path) -> None:
+    from detkit import triton as job
+    from detkit.manifest import read
+
+    for model in models:
+        name = None
+        if len(models) > 1:  # both files of a run have its name
+            said = read(model.read_bytes(), str(model))
+            name = f"{said.name}-{said.input}"
+        _console().print(f"{job.write(model, repository, name)}: for Triton Inference Server", soft_wrap=True)
 
 
 @app.command()
@@ -460,6 +490,65 @@ def verify(
     from detkit.runtime import verify as job
 
     raise typer.Exit(0 if job.run(model, device, threads, _console()) else 1)
+
+
+@app.command()
+def serve(
+    models: Annotated[list[str], typer.Argument(help="ONNX files: PATH, NAME=PATH or NAME:VERSION=PATH")],
+    host: Annotated[str, typer.Option(help="0.0.0.0: for other machines too")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="of HTTP and the page")] = 8000,
+    grpc_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="also the Open Inference Protocol over gRPC")
+    ] = None,
+    device: Annotated[RuntimeDevice, typer.Option(help="where the network runs")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="of the network on the CPU; 0: one a core")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="processes; one that dies is started anew")] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, help="photos through the network at once; 1: no batching")] = 8,
+    max_delay: Annotated[float, typer.Option(min=0, help="milliseconds that a batch waits to be filled")] = 5,
+    queue: Annotated[int, typer.Option(min=1, help="photos accepted and not answered; more are told to wait")] = 128,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds for a request to arrive, and to be answered")] = 30,
+    max_mb: Annotated[float, typer.Option(min=0.01, help="MiB of a request")] = 32,
+    max_megapixels: Annotated[float, typer.Option(min=0.01, help="of a photo")] = 50,
+    reload: Annotated[float, typer.Option(min=0, help="seconds between looks at the files; 0: never")] = 2,
+    token_file: Annotated[
+        Path | None, typer.Option(help="clients must send its content; or set DETKIT_TOKEN; default: no token")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="certificate chain, PEM")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="its key, PEM")] = None,
+    log: Annotated[Literal["auto", "json", "text"], typer.Option(help="auto: text on a terminal")] = "auto",
+) -> None:
+    """Serve exported models: a web page, photos over HTTP, and the Open Inference Protocol."""
+    from detkit.errors import need
+
+    for module in ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "grpc"):
+        need(module)
+    from detkit.serve import run as job
+    from detkit.serve.settings import Settings
+
+    if log == "auto":
+        log = "text" if sys.stderr.isatty() else "json"
+    job.run(
+        Settings(
+            models=tuple(models),
+            host=host,
+            port=port,
+            grpc_port=grpc_port,
+            device=device,
+            threads=threads,
+            workers=workers,
+            max_batch=max_batch,
+            max_delay=max_delay / 1000,
+            queue=queue,
+            timeout=timeout,
+            max_bytes=round(max_mb * 2**20),
+            max_pixels=round(max_megapixels * 1e6),
+            reload=reload,
+            token=job.token(token_file),
+            certificate=tls_cert,
+            key=tls_key,
+            log=log,
+        )
+    )
 
 
 @data_app.command()

@@ -97,7 +97,7 @@ def candidates(predictor: Predictor, decoded: Decoded, hw: tuple[int, int], mani
         rivals &= before.labels[:, None] == before.labels
     # The surest come first, and argmax gives the first.
     rival = np.where(rivals.any(1), rivals.argmax(1), -1) if len(before) else np.zeros(0, np.int64)
-    certain, shown = decide.judged(before, manifest)
+    certain, shown = decide.scored(before, manifest), decide.are_shown(before, manifest)
     return Candidates(before, certain.scores, shown, kept, rival)
 
 

@@ -104,7 +104,7 @@ def check(command: list[str | Path], model: Path, shown: list[Path]) -> None:
     total = 0
     for path in shown:
         (found,) = session.detect([imaging.decode(path)])
-        _, kept = decide.judged(found, session.manifest)
+        kept = decide.are_shown(found, session.manifest)
         found = Detections(found.boxes[kept], found.scores[kept], found.labels[kept], found.hw)
         mine = [row for row in rows if row[0] == str(path)]
         total += len(mine)

@@ -156,7 +156,7 @@ def test_thresholds_for_scores_before_calibration_show_the_same(decision: Decisi
     near = [np.nextafter(lowest, np.float32(side)) for side in (0, 2)]
     scores = np.concatenate([*near, lowest, np.linspace(0, 1, 300, dtype=np.float32)]).clip(0, 1)
     labels = np.tile(np.arange(3), len(scores) // 3)
-    _, kept = decide.judged(Detections(np.zeros((len(scores), 4), np.float32), scores, labels, (1, 1)), said)
+    kept = decide.are_shown(Detections(np.zeros((len(scores), 4), np.float32), scores, labels, (1, 1)), said)
     assert np.array_equal(kept, scores >= lowest[labels])
     assert lowest.max() <= np.nextafter(np.float32(1), np.float32(2))
     assert kept.any()

@@ -25,21 +25,16 @@ def calibrated(scores: NDArray[np.floating], decision: Decision) -> NDArray[np.f
     return scores.astype(np.float64)
 
 
-def judged(found: Detections, manifest: Manifest, score: float | None = None) -> tuple[Detections, NDArray[np.bool_]]:
-    """All detections with calibrated scores, and which of them `shown` leaves, bool [K]."""
-    decision = manifest.decision
-    if decision is not None:
-        found = replace(found, scores=calibrated(found.scores, decision).astype(np.float32))
-        if score is None and decision.thresholds:
-            return found, found.scores >= np.array(decision.thresholds, np.float32)[found.labels]
-    return found, found.scores >= (manifest.score if score is None else score)
+def thresholds(manifest: Manifest) -> tuple[float, ...]:
+    """The lowest calibrated score of each class that is shown."""
+    chosen = manifest.decision.thresholds if manifest.decision else ()
+    return chosen or (manifest.score,) * len(manifest.classes)
 
 
 def lowest(manifest: Manifest) -> NDArray[np.float32]:
     """Of each class, the lowest score of the network, before calibration, that `shown` leaves: float32 [C]. More than 1
     where none is enough."""
-    decision = manifest.decision or Decision()
-    wanted = np.array(decision.thresholds or [manifest.score] * len(manifest.classes), np.float32)
+    decision, wanted = manifest.decision or Decision(), np.array(thresholds(manifest), np.float32)
     # Floats from 0 on are ordered as their bits are.
     low, high = np.zeros(len(wanted), np.int32), np.full(len(wanted), np.float32(1).view(np.int32) + 1)
     while (low < high).any():
@@ -49,10 +44,25 @@ def lowest(manifest: Manifest) -> NDArray[np.float32]:
     return low.view(np.float32)
 
 
+def scored(found: Detections, manifest: Manifest) -> Detections:
+    """The detections with calibrated scores, where the manifest has a calibration."""
+    if manifest.decision is None:
+        return found
+    return replace(found, scores=calibrated(found.scores, manifest.decision).astype(np.float32))
+
+
+def are_shown(found: Detections, manifest: Manifest, score: float | None = None) -> NDArray[np.bool_]:
+    """bool [K]: which detections `shown` leaves."""
+    scores = scored(found, manifest).scores
+    limits = np.array(thresholds(manifest), np.float32)[found.labels] if score is None else score
+    return np.asarray(scores >= limits)
+
+
 def shown(found: Detections, manifest: Manifest, score: float | None = None) -> Detections:
     """The detections that are to be shown, with calibrated scores where the manifest has a calibration.
 
     score: the lowest, instead of the manifest's thresholds.
     """
-    found, kept = judged(found, manifest, score)
+    kept = are_shown(found, manifest, score)
+    found = scored(found, manifest)
     return Detections(found.boxes[kept], found.scores[kept], found.labels[kept], found.hw)
