@@ -36,6 +36,7 @@ _EXTRAS = {
     **dict.fromkeys(
         (
             "albumentations",
+            "captum",
             "cv2",
             "filelock",
             "onnx",
