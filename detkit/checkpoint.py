@@ -25,7 +25,7 @@ from detkit import __version__, config, imaging
 from detkit.config import Data
 from detkit.errors import UserError
 from detkit.files import atomic_file, atomic_write
-from detkit.manifest import Manifest
+from detkit.manifest import Decision, Manifest
 from detkit.nn.detector import Detector, Predictor
 from detkit.runtime import merge
 from detkit.runtime.session import Raw, detect_with
@@ -49,8 +49,8 @@ def pick_device(wanted: config.Device) -> torch.device:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A trained detector: the run's config, its classes, the weights, the epoch and the validation figures
-    (none where the run was stopped before it measured them)."""
+    """A trained detector: the run's config, its classes, the weights, the epoch, the validation figures (none where the
+    run was stopped before it measured them), and which detections are shown (None: those from the best F1 on)."""
 
     path: Path
     config: config.Config
@@ -58,6 +58,7 @@ class Checkpoint:
     weights: dict[str, Tensor]
     epoch: int
     metrics: dict[str, Any]
+    decision: Decision | None = None
 
     def without_nms(self) -> Checkpoint:
         """The same detector, which leaves its candidates as they are."""
@@ -89,6 +90,7 @@ class Checkpoint:
             std=canvas.std,
             fill=imaging.fill(canvas.mean),
             score=self.metrics.get("score", 0.3),
+            decision=self.decision,
             nms=self.config.model.select,
             sha256=hashlib.sha256(self.path.read_bytes()).hexdigest(),
             metrics={name: value for name, value in self.metrics.items() if name != "per_class"},
@@ -107,8 +109,8 @@ class TorchSession:
         trained = read(path) if nms == "hard" else read(path).without_nms()
         self.nms = nms
         self.manifest = trained.manifest()
-        self._device = pick_device(device)
-        self._predictor = trained.predictor().to(self._device)
+        self.device = pick_device(device)
+        self.predictor = trained.predictor().to(self.device)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -121,7 +123,7 @@ class TorchSession:
 
     @torch.inference_mode()
     def _run(self, images_B3HW: NDArray[np.uint8]) -> Raw:
-        outputs = self._predictor(torch.from_numpy(images_B3HW).to(self._device))
+        outputs = self.predictor(torch.from_numpy(images_B3HW).to(self.device))
         return Raw(*(output.cpu().numpy() for output in outputs))
 
 
@@ -132,6 +134,7 @@ def write(
     classes: tuple[str, ...],
     epoch: int,
     metrics: dict[str, Any],
+    decision: Decision | None = None,
 ) -> None:
     """Write a checkpoint, atomically."""
     metadata = {
@@ -141,6 +144,8 @@ def write(
         "epoch": str(epoch),
         "metrics": json.dumps(metrics),
     }
+    if decision:
+        metadata["decision"] = decision.model_dump_json()
     plain = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     atomic_write(path, save(plain, metadata | {"sha256": _digest(plain, metadata)}))
 
@@ -169,7 +174,9 @@ def read(path: Path) -> Checkpoint:
     try:
         settings = config.parse(yaml.safe_load(metadata["config"]), f"{path} (config)")
         classes = tuple(json.loads(metadata["classes"]))
-        return Checkpoint(path, settings, classes, weights, int(metadata["epoch"]), json.loads(metadata["metrics"]))
+        figures = json.loads(metadata["metrics"])
+        decision = Decision.model_validate_json(metadata["decision"]) if "decision" in metadata else None
+        return Checkpoint(path, settings, classes, weights, int(metadata["epoch"]), figures, decision)
     except (KeyError, ValueError, TypeError, yaml.YAMLError):
         raise UserError(f"{path}: what it says of itself is damaged; take another checkpoint") from None
 

@@ -272,36 +272,116 @@ def _settings(config_name: str | None, init: str | None, sets: Sequence[str]) ->
     return settings.model_copy(update={"model": model})
 
 
+MeasuredOption = Annotated[
+    str | None,
+    typer.Argument(help="a run, a checkpoint, an .onnx, or detections as .json or .jsonl; default: the newest run"),
+]
+DataOption = Annotated[Path | None, typer.Option(help="another data set's folder")]
+SplitOption = Annotated[str | None, typer.Option(help="default: the run's validation split")]
+IdsOption = Annotated[Path | None, typer.Option(help="COCO annotations whose ids COCO results have")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="write the figures to this file")]
+MarkdownOption = Annotated[Path | None, typer.Option("--md", help="the same as Markdown")]
+HtmlOption = Annotated[Path | None, typer.Option(help="write a page with plots and photos to this file")]
+ResamplesOption = Annotated[int, typer.Option(min=0, help="of the photos, for 95 % intervals; 0: none")]
+MeasuredFormat = Annotated[
+    FileFormat | None, typer.Option("--format", help="what DATA's annotations are written in; default: as the run's")
+]
+
+
 @app.command("eval")
 def evaluate(
-    model: Annotated[str | None, typer.Argument(help="a run folder or a checkpoint; default: the newest run")] = None,
-    data: Annotated[Path | None, typer.Option(help="another data set's folder")] = None,
-    split: Annotated[str | None, typer.Option(help="default: the run's validation split")] = None,
-    file_format: Annotated[
-        FileFormat | None,
-        typer.Option("--format", help="what DATA's annotations are written in; default: as the run's"),
-    ] = None,
+    model: MeasuredOption = None,
+    data: DataOption = None,
+    split: SplitOption = None,
+    file_format: MeasuredFormat = None,
+    ids: IdsOption = None,
     class_agnostic: Annotated[
         bool, typer.Option("--class-agnostic", help="an object counts as found whatever its class")
     ] = False,
     device: DeviceOption = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+    json_file: JsonOption = None,
+    markdown: MarkdownOption = None,
+    html: HtmlOption = None,
+    suspects: Annotated[
+        Path | None, typer.Option(help="a new folder for VOC XML of photos whose labels may be wrong")
+    ] = None,
+    resamples: ResamplesOption = 1000,
     nms: NmsOption = "hard",
 ) -> None:
-    """Measure a trained detector: COCO mAP and VOC AP50."""
-    from detkit import evaluate as job
+    """Measure a detector: AP, counts, thresholds, kinds of error, speed."""
+    from detkit import assess
+    from detkit.sources import Where
 
-    job.run(
-        model,
-        _console(),
-        root=data,
-        split=split,
-        file_format=file_format,
-        class_agnostic=class_agnostic,
-        device=device,
-        json_file=json_file,
-        nms=nms,
-    )
+    where = Where(data, split, file_format, ids, class_agnostic, device, nms)
+    assess.run(model, where, _console(), assess.Files(json_file, markdown, html, suspects), resamples=resamples)
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="runs, checkpoints, .onnx files, detections")],
+    data: DataOption = None,
+    split: SplitOption = None,
+    file_format: MeasuredFormat = None,
+    ids: IdsOption = None,
+    figure: Annotated[str, typer.Option(help="by which they are compared: mAP, mAP50, f1, cAcc, ...")] = "mAP",
+    device: DeviceOption = "auto",
+    json_file: JsonOption = None,
+    markdown: MarkdownOption = None,
+    html: HtmlOption = None,
+    resamples: Annotated[int, typer.Option(min=100, help="of the photos, for intervals and p")] = 1000,
+) -> None:
+    """Set detectors side by side on the same photos, and say whether each is better than the first."""
+    from detkit import assess
+    from detkit.sources import Where
+
+    where = Where(data, split, file_format, ids, device=device)
+    files = assess.Files(json_file, markdown, html)
+    assess.compare(models, where, _console(), files, resamples=resamples, figure=figure)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[
+        str | None, typer.Argument(help="a run, a checkpoint or an .onnx; default: the newest run")
+    ] = None,
+    data: DataOption = None,
+    split: SplitOption = None,
+    aim: Annotated[
+        str, typer.Option(help="of the thresholds: f1, cacc, precision=P or recall=R, such as precision=0.9")
+    ] = "f1",
+    method: Annotated[
+        Literal["none", "temperature", "isotonic"],
+        typer.Option(help="how scores are made to say how often they are right"),
+    ] = "temperature",
+    device: DeviceOption = "auto",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="a copy of the model; default: the model itself")
+    ] = None,
+) -> None:
+    """Choose a threshold for each class, calibrate scores, and keep both in the model, where predict finds them."""
+    from detkit import calibrate as job
+    from detkit.sources import Where
+
+    job.run(model, Where(data, split, device=device), _console(), aim=aim, method=method, out=out)
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="a run or a checkpoint")],
+    photos: Annotated[list[str], typer.Argument(help="photos, folders, globs")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="a new folder; default: explanations/<n>")] = None,
+    data: Annotated[Path | None, typer.Option(help="data set whose labels are shown; default: the run's")] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="module to look into, such as backbone or head.tower.0; default: backbone, neck")
+    ] = None,
+    class_name: Annotated[str | None, typer.Option("--class", help="only objects and detections of this class")] = None,
+    detections: Annotated[int, typer.Option(min=1, help="how many, the surest first; and how many objects")] = 6,
+    device: DeviceOption = "auto",
+) -> None:
+    """Show what a detector sees in photos: feature maps, Grad-CAM, matched anchors, proposals, scores before NMS."""
+    from detkit import explain as job
+
+    job.run(model, photos, out, job.Options(data, layer, class_name, detections, device), _console())
 
 
 @app.command()
@@ -319,9 +399,12 @@ def predict(
     ] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="of the network on the CPU; 0: one a core")] = 0,
     nms: NmsOption = "hard",
+    url: Annotated[
+        str | None, typer.Option(help="a model server's (detkit serve): --model is a name there, or left out")
+    ] = None,
 ) -> None:
     """Find the products in photos: a table, annotated pictures, and JSON or VOC XML."""
-    detector = _detector(model, device, threads, nms)
+    detector = _detector(model, device, threads, nms) if url is None else _remote(url, model)
     from detkit.runtime import predict as job
 
     failures = job.predict(detector, photos, out, format=file_format, score=score, console=_console())
@@ -339,6 +422,12 @@ def _detector(model: str | None, device: RuntimeDevice, threads: int, nms: Nms) 
     from detkit import checkpoint
 
     return checkpoint.TorchSession(checkpoint.find(model), device, nms, threads)
+
+
+def _remote(url: str, model: str | None) -> Detector:
+    from detkit.client import Client, Remote
+
+    return Remote(Client(url), model)
 
 
 @app.command()
@@ -362,12 +451,33 @@ def export(
     nms: Annotated[
         Literal["hard", "none"], typer.Option(help="none: left to  detkit predict --nms, or to your own code")
     ] = "hard",
+    triton: Annotated[
+        Path | None,
+        typer.Option(help="also put it into this repository of Triton Inference Server; RUN may be an .onnx then"),
+    ] = None,
 ) -> None:
     """Write an ONNX file that takes pixels and gives boxes, after proving it against torch on real photos."""
+    if triton is not None and run is not None and Path(run).suffix == ".onnx":
+        _to_triton([Path(run)], triton)
+        return
     from detkit import export as job
 
     inputs: tuple[Literal["canvas", "image"], ...] = ("canvas", "image") if takes == "both" else (takes,)
-    job.run(run, out, data, _console(), job.Plan(inputs, precision, nms, max_ap_drop, photos))
+    written = job.run(run, out, data, _console(), job.Plan(inputs, precision, nms, max_ap_drop, photos))
+    if triton is not None:
+        _to_triton(written, triton)
+
+
+def _to_triton(models: Sequence[Path], repository: Path) -> None:
+    from detkit import triton as job
+    from detkit.manifest import read
+
+    for model in models:
+        name = None
+        if len(models) > 1:  # both files of a run have its name
+            said = read(model.read_bytes(), str(model))
+            name = f"{said.name}-{said.input}"
+        _console().print(f"{job.write(model, repository, name)}: for Triton Inference Server", soft_wrap=True)
 
 
 @app.command()
@@ -380,6 +490,65 @@ def verify(
     from detkit.runtime import verify as job
 
     raise typer.Exit(0 if job.run(model, device, threads, _console()) else 1)
+
+
+@app.command()
+def serve(
+    models: Annotated[list[str], typer.Argument(help="ONNX files: PATH, NAME=PATH or NAME:VERSION=PATH")],
+    host: Annotated[str, typer.Option(help="0.0.0.0: for other machines too")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="of HTTP and the page")] = 8000,
+    grpc_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="also the Open Inference Protocol over gRPC")
+    ] = None,
+    device: Annotated[RuntimeDevice, typer.Option(help="where the network runs")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="of the network on the CPU; 0: one a core")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="processes; one that dies is started anew")] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, help="photos through the network at once; 1: no batching")] = 8,
+    max_delay: Annotated[float, typer.Option(min=0, help="milliseconds that a batch waits to be filled")] = 5,
+    queue: Annotated[int, typer.Option(min=1, help="photos accepted and not answered; more are told to wait")] = 128,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds for a request to arrive, and to be answered")] = 30,
+    max_mb: Annotated[float, typer.Option(min=0.01, help="MiB of a request")] = 32,
+    max_megapixels: Annotated[float, typer.Option(min=0.01, help="of a photo")] = 50,
+    reload: Annotated[float, typer.Option(min=0, help="seconds between looks at the files; 0: never")] = 2,
+    token_file: Annotated[
+        Path | None, typer.Option(help="clients must send its content; or set DETKIT_TOKEN; default: no token")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="certificate chain, PEM")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="its key, PEM")] = None,
+    log: Annotated[Literal["auto", "json", "text"], typer.Option(help="auto: text on a terminal")] = "auto",
+) -> None:
+    """Serve exported models: a web page, photos over HTTP, and the Open Inference Protocol."""
+    from detkit.errors import need
+
+    for module in ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "grpc"):
+        need(module)
+    from detkit.serve import run as job
+    from detkit.serve.settings import Settings
+
+    if log == "auto":
+        log = "text" if sys.stderr.isatty() else "json"
+    job.run(
+        Settings(
+            models=tuple(models),
+            host=host,
+            port=port,
+            grpc_port=grpc_port,
+            device=device,
+            threads=threads,
+            workers=workers,
+            max_batch=max_batch,
+            max_delay=max_delay / 1000,
+            queue=queue,
+            timeout=timeout,
+            max_bytes=round(max_mb * 2**20),
+            max_pixels=round(max_megapixels * 1e6),
+            reload=reload,
+            token=job.token(token_file),
+            certificate=tls_cert,
+            key=tls_key,
+            log=log,
+        )
+    )
 
 
 @data_app.command()

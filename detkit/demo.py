@@ -7,13 +7,14 @@ import time
 from rich.console import Console
 from rich.panel import Panel
 
-from detkit import checkpoint, config, evaluate, export, train
+from detkit import assess, checkpoint, config, export, train
 from detkit.console import counting, duration
 from detkit.data.synth import synthesise
 from detkit.errors import UserError
 from detkit.files import next_folder
 from detkit.runtime import predict
 from detkit.runtime.session import Session
+from detkit.sources import Where
 
 PHOTOS = 4
 
@@ -35,7 +36,8 @@ def run(console: Console) -> None:
     _step(console, 2, "Training a small SSD from scratch")
     folder = train.start(settings, console)
     _step(console, 3, "Measuring its best checkpoint")
-    figures = evaluate.run(str(folder), console, device=settings.train.device, json_file=folder / "figures.json")
+    where = Where(device=settings.train.device)
+    figures = assess.run(str(folder), where, console, assess.Files(json=folder / "figures.json"))
     _step(console, 4, "Exporting to ONNX")
     (model,) = export.run(str(folder), folder / f"{settings.name}.onnx", None, console)
     _step(console, 5, "Finding products with the ONNX file, without torch")

@@ -29,18 +29,21 @@ def nearest(word: str, known: Iterable[str]) -> str:
 # The extra that brings each optional package.
 _EXTRAS = {
     **dict.fromkeys(("jinja2", "lxml", "matplotlib"), "data"),
+    "httpx2": "client",
+    **dict.fromkeys(("fastapi", "grpc", "h11", "prometheus_client", "python_multipart", "uvicorn"), "serve"),
     **{name: name for name in ("mlflow", "timm", "wandb")},
     **dict.fromkeys(("filelock", "optuna"), "tune"),
     **dict.fromkeys(
         (
             "albumentations",
+            "captum",
             "cv2",
             "filelock",
             "onnx",
             "onnxscript",
             "psutil",
-            "pycocotools",
             "safetensors",
+            "scipy",
             "tensorboard",
             "torch",
             "torchvision",

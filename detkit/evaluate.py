@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,16 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from detkit import checkpoint, distributed, metrics
-from detkit.checkpoint import pick_device
-from detkit.config import Device
+from detkit import distributed, metrics
 from detkit.console import bar
-from detkit.data import cache
 from detkit.data.batch import Loader
-from detkit.data.dataset import EvalSet
 from detkit.data.labels import DataSet
 from detkit.errors import Interrupted, UserError
-from detkit.files import atomic_write
 from detkit.nn.contract import Losses
 from detkit.nn.detector import Predictor
 from detkit.runtime import merge
@@ -136,50 +128,3 @@ def table(figures: dict[str, Any], title: str) -> Table:
     if absent:
         result.caption = f"{absent} classes have no object in this split"
     return result
-
-
-def run(
-    model: str | None,
-    console: Console,
-    *,
-    root: Path | None = None,
-    split: str | None = None,
-    file_format: str | None = None,
-    class_agnostic: bool = False,
-    device: Device = "auto",
-    json_file: Path | None = None,
-    nms: merge.Kind = "hard",
-) -> dict[str, Any]:
-    """``detkit eval``: print the figures of a run or checkpoint on a split, and write them to `json_file`.
-
-    root, split, file_format: of the data set; default: the run's. class_agnostic: an object counts as found whatever
-    class it was given, and NMS is between classes too. Raises UserError where the data set's classes are not the
-    model's.
-    """
-    trained = checkpoint.read(checkpoint.find(model))
-    if nms != "hard":
-        trained = trained.without_nms()
-    settings = trained.config
-    data = trained.data(root)
-    if file_format:
-        data = data.model_copy(update={"format": file_format})
-    dataset = cache.load_split(data, split or data.val, console)
-    if dataset.classes != trained.classes:
-        difference = checkpoint.class_difference(dataset.classes, trained.classes)
-        raise UserError(f"{data.root}: its classes are not those of {trained.path}: {difference}")
-    loader = Loader(EvalSet(dataset, settings.input), settings.train.images, settings.train.workers)
-    where = pick_device(device)
-    predictor = trained.predictor().to(where)
-    if class_agnostic:
-        predictor.rule = predictor.rule.model_copy(update={"agnostic": True})
-    found = detect(predictor, loader, where, console, nms)
-    records = [dataset[i] for i in range(len(dataset))]
-    if class_agnostic:
-        found = [replace(each, labels=np.zeros_like(each.labels)) for each in found]
-        records = [replace(each, labels=np.zeros_like(each.labels)) for each in records]
-    figures = metrics.evaluate(records, found, ("any class",) if class_agnostic else dataset.classes)
-    console.print(table(figures, f"{trained.path} on {dataset.root}, {split or data.val}"))
-    console.print(f"VOC AP50 {figures['VOC_AP50']:.3f}   AP75 {figures['mAP75']:.3f}   AR {figures['AR']:.3f}")
-    if json_file:
-        atomic_write(json_file, json.dumps(figures, indent=1) + "\n")
-    return figures

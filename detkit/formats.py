@@ -24,13 +24,13 @@ def voc_xml(
     boxes: NDArray[np.floating],
     names: Sequence[str],
     flags: Sequence[int] | None = None,
-    scores: Sequence[float] | None = None,
+    scores: Sequence[float | None] | None = None,
 ) -> str:
     """One photo's annotation as Pascal-VOC XML (VOC 2012 devkit, as LabelImg reads and writes it).
 
     boxes: [G, 4] x1 y1 x2 y2, pixels, 0-based edges, written as they are (setting ``data.convention: edges``).
     names: the class name of each box. flags: DIFFICULT, TRUNCATED, OCCLUDED bits. scores: written as a comment field
-    that labelling tools ignore.
+    that labelling tools ignore; None: of no detection.
     """
     root = ET.Element("annotation")
 
@@ -54,8 +54,9 @@ def voc_xml(
         put(item, "truncated", str(int(bool(flag & TRUNCATED))))
         put(item, "difficult", str(int(bool(flag & DIFFICULT))))
         put(item, "occluded", str(int(bool(flag & OCCLUDED))))
-        if scores is not None:
-            put(item, "comment", f"score {scores[index]:.4f}")
+        score = scores[index] if scores is not None else None
+        if score is not None:
+            put(item, "comment", f"score {score:.4f}")
         bndbox = put(item, "bndbox")
         for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True):
             put(bndbox, tag, number(float(value)))
@@ -63,12 +64,17 @@ def voc_xml(
     return ET.tostring(root, encoding="unicode") + "\n"
 
 
+def whole_pixels(boxes: NDArray[np.floating], hw: tuple[int, int]) -> NDArray[np.floating]:
+    """Boxes [K, 4] in whole pixels (LabelImg reads nothing else), inside an image of that height and width."""
+    limit = np.array(hw[::-1])
+    low = np.clip(np.rint(boxes[:, :2]), 0, limit - 1)
+    high = np.clip(np.rint(boxes[:, 2:]), low + 1, limit)
+    return np.concatenate([low, high], 1)
+
+
 def detections_voc(filename: str, found: Detections, classes: Sequence[str]) -> str:
-    """Detections as Pascal-VOC XML, in whole pixels (LabelImg reads nothing else), inside the image and not empty."""
-    limit = np.array(found.hw[::-1])
-    low = np.clip(np.rint(found.boxes[:, :2]), 0, limit - 1)
-    high = np.clip(np.rint(found.boxes[:, 2:]), low + 1, limit)
-    boxes = np.concatenate([low, high], 1)
+    """Detections as Pascal-VOC XML, in whole pixels."""
+    boxes = whole_pixels(found.boxes, found.hw)
     return voc_xml(filename, found.hw, boxes, [classes[i] for i in found.labels], scores=found.scores.tolist())
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveFloat, PositiveInt, ValidationError
 
 from detkit.config import Select, Share, Triple
 from detkit.errors import UserError
@@ -36,6 +36,22 @@ class Golden(BaseModel):
     labels: tuple[int, ...]
 
 
+class Decision(BaseModel):
+    """How sure a detection must be to be shown, as `detkit calibrate` found it out on photos."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    calibration: Literal["none", "temperature", "isotonic"] = Field(
+        "none", description="what is done with scores first"
+    )
+    temperature: PositiveFloat = Field(1.0, description="by which a score's logit is divided")
+    knots: tuple[tuple[Share, Share], ...] = Field((), description="isotonic: scores, ascending, and what they become")
+    thresholds: tuple[Share, ...] = Field(
+        (), description="lowest score shown of each class; none: the manifest's score"
+    )
+    aim: str = Field("", description="what the thresholds were chosen for")
+
+
 class Manifest(BaseModel):
     """The description of an exported detector, stored as JSON in the ONNX file under `KEY`."""
 
@@ -55,6 +71,7 @@ class Manifest(BaseModel):
     std: Triple = Field(description="RGB standard deviation of values in 0..1; likewise")
     fill: tuple[_Byte, _Byte, _Byte] = Field(description="RGB colour of what a letterbox leaves free")
     score: Share = Field(0.3, description="lowest score that is shown, unless the user says")
+    decision: Decision | None = Field(None, description="which detections are shown; none: those from `score` on")
     nms: Select = Field(description="how the graph selects its boxes")
     sha256: str = Field("", description="digest of the checkpoint that was exported")
     metrics: dict[str, JsonValue] = Field(default_factory=dict, description="validation figures of the checkpoint")

@@ -72,8 +72,17 @@ def thumbnail(image: NDArray[np.uint8], boxes: Iterable[Sequence[float]] = (), s
     for box in edges:
         spots = [scale * (value - origin) for value, origin in zip(box, (left, top, left, top), strict=True)]
         _frame(pen, spots, canvas.size)
+    return _jpeg(canvas)
+
+
+def data_uri(image: NDArray[np.uint8]) -> str:
+    """The picture, uint8 [H, W, 3], as a data URI: a JPEG."""
+    return _jpeg(Image.fromarray(image))
+
+
+def _jpeg(picture: Image.Image) -> str:
     buffer = io.BytesIO()
-    canvas.save(buffer, "JPEG", quality=80)
+    picture.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

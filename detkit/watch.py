@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from detkit import imaging, metrics
+from detkit import imaging, matches, metrics, report
 from detkit.data import stats
 from detkit.data.labels import DataSet
 from detkit.errors import need
@@ -46,7 +46,6 @@ _STILL = 1e-6  # a channel is dead whose values differ by less than this share o
 _ALIKE = 1e-3  # channels are alike whose least, largest and mean value differ by less than such a share
 _BINS = 64
 _PHOTOS, _SIDE = 4, 320  # samples at an evaluation, and the longer side of each in pixels
-_MOST_CURVES = 40  # classes in a plot
 
 
 def memory(device: torch.device) -> float:
@@ -346,17 +345,10 @@ def precision_recall(data: DataSet, found: Sequence[Detections]) -> Figure:
     need("matplotlib")
     from matplotlib.figure import Figure
 
-    curves = metrics.curves([data[i] for i in range(len(data))], found, data.classes)
+    pool = matches.pool([data[i] for i in range(len(data))], found, data.classes)
     figure = Figure(figsize=(7.5, 4.5), dpi=80)
     axes = figure.add_axes((0.09, 0.12, 0.65, 0.8))  # a layout that is worked out takes longer than all the rest
-    recall = np.linspace(0, 1, metrics.RECALLS)
-    for label, (name, curve) in enumerate(list(curves.items())[:_MOST_CURVES]):
-        named = name if len(curves) <= 20 else None
-        axes.plot(recall, curve, color=np.array(render.colour(label)) / 255, linewidth=1, alpha=0.7, label=named)
-    if curves:
-        axes.plot(recall, np.mean(list(curves.values()), axis=0), color="black", linewidth=2.5, label="mean")
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision", title="Precision and recall at IoU 0.5")
+    report.draw_curves(axes, metrics.curves(pool, matches.match(pool, (0.5,)).state[0, 0]))
     return figure
 
 

@@ -43,7 +43,7 @@ def test_need_says_what_to_install(monkeypatch: pytest.MonkeyPatch, module: str,
 
 def test_every_extra_that_is_named_exists() -> None:
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    packages = ("lxml", "albumentations", "onnx", "pycocotools", "safetensors", "timm", "torch", "torchvision")
+    packages = ("lxml", "albumentations", "onnx", "safetensors", "scipy", "timm", "torch", "torchvision")
     for package in (*packages, "filelock", "optuna"):
         answer = missing(ModuleNotFoundError(name=package))
         assert answer is not None

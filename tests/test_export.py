@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detkit import checkpoint, config, export, gate, geometry, imagegraph, imaging
+from detkit import checkpoint, config, export, gate, geometry, imagegraph, imaging, speed
 from detkit.errors import UserError
 from detkit.export import Plan
 from detkit.gate import Series, Subject
@@ -163,6 +163,15 @@ def test_each_file_is_whole_and_says_what_it_is(both: list[Path], vgg: Path) -> 
         assert (said.input, said.precision, said.nms) == (Session(path, "cpu").kind, "fp32", rule)
         assert len(said.golden) == 3
         assert all(len(golden.scores) > 5 for golden in said.golden)
+
+
+def test_the_files_have_the_flops_that_torch_counts(both: list[Path], vgg: Path) -> None:
+    counted = speed.torch_flops(checkpoint.read(vgg).predictor(), CANVAS.size)
+    assert [speed.onnx_flops(onnx.load(path)) for path in both] == [counted, counted]
+    foreign = onnx.load(both[0])
+    del foreign.graph.value_info[:]
+    foreign.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "height"
+    assert speed.onnx_flops(foreign) is None
 
 
 def test_nothing_but_the_files_and_their_report_and_programs_is_written(both: list[Path]) -> None:

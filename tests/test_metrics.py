@@ -12,7 +12,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detkit import metrics
+from detkit import matches, metrics
 from detkit.types import CROWD, DIFFICULT, OCCLUDED, Detections, Record
 
 NAMES = ("tin", "box", "bag")
@@ -33,8 +33,11 @@ def found(*rows: tuple[Sequence[float], int, float], hw: tuple[int, int] = (100,
     return Detections(boxes, scores, np.array([label for _, label, _ in rows], np.int64), hw)
 
 
-def random_photos(seed: int, flags: Sequence[int] = (0,), count: int = 12) -> tuple[list[Record], list[Detections]]:
-    """Objects of three classes; of most a detection nearby, sometimes two or of another class; and false ones."""
+def random_photos(
+    seed: int, flags: Sequence[int] = (0,), count: int = 12, scale: int = 1
+) -> tuple[list[Record], list[Detections]]:
+    """Objects of three classes; of most a detection nearby, sometimes two or of another class; and false ones. With a
+    scale, boxes are in whole pixels and scores in tenths."""
     rng = np.random.default_rng(seed)
     records, detections = [], []
     for _ in range(count):
@@ -43,23 +46,27 @@ def random_photos(seed: int, flags: Sequence[int] = (0,), count: int = 12) -> tu
         corner = rng.uniform(0, 1, (number, 2)) * (200 - size)
         boxes = np.concatenate([corner, corner + size], 1)
         labels = rng.integers(0, 3, number)
-        records.append(
-            record(
-                *zip(boxes.tolist(), labels.tolist(), rng.choice(flags, number).tolist(), strict=True), hw=(200, 200)
-            )
-        )
+        there = (scale * boxes).round() if scale > 1 else boxes
+        flagged = rng.choice(flags, number).tolist()
+        hw = (200 * scale, 200 * scale)
+        records.append(record(*zip(there.tolist(), labels.tolist(), flagged, strict=True), hw=hw))
         near = np.repeat(boxes, 2, 0)[rng.random(2 * number) < 0.7]
         what = np.repeat(labels, 2)[: len(near)]
         what = np.where(rng.random(len(near)) < 0.2, rng.integers(0, 3, len(near)), what)
         near = near + rng.normal(0, 3, near.shape)
         near[:, 2:] = np.maximum(near[:, 2:], near[:, :2] + 1)
         scores = rng.permutation(np.linspace(0.05, 0.95, len(near)) + rng.uniform(0, 0.04))
-        detections.append(found(*zip(near.tolist(), what.tolist(), scores.tolist(), strict=True), hw=(200, 200)))
+        if scale > 1:
+            scores, near = scores.round(1), (near * scale).round()
+        detections.append(found(*zip(near.tolist(), what.tolist(), scores.tolist(), strict=True), hw=hw))
     return records, detections
 
 
-def direct(records: Sequence[Record], detections: Sequence[Detections]) -> COCOeval:
-    """pycocotools as its users use it: annotations as dicts, loadRes, default parameters. Crowds, but nothing else."""
+def direct(
+    records: Sequence[Record], detections: Sequence[Detections], ious: Sequence[float] = (), most: int = 0
+) -> COCOeval:
+    """pycocotools as its users use it: annotations as dicts, loadRes, default parameters but for `ious` and `most`.
+    Difficult objects get an area that it looks for nowhere."""
 
     def xywh(box: np.ndarray) -> list[float]:
         x1, y1, x2, y2 = map(float, box)
@@ -70,6 +77,7 @@ def direct(records: Sequence[Record], detections: Sequence[Detections]) -> COCOe
         for box, label, flag in zip(r.boxes, r.labels, r.flags, strict=True):
             x, y, w, h = xywh(box)
             row = {"image_id": image, "category_id": int(label) + 1, "bbox": [x, y, w, h], "area": w * h}
+            row["area"] = 1e12 if flag & DIFFICULT else w * h
             annotations.append({**row, "id": len(annotations) + 1, "iscrowd": int(bool(flag & CROWD))})
         for box, label, score in zip(f.boxes, f.labels, f.scores, strict=True):
             row = {"image_id": image, "category_id": int(label) + 1, "bbox": xywh(box), "score": float(score)}
@@ -84,24 +92,64 @@ def direct(records: Sequence[Record], detections: Sequence[Detections]) -> COCOe
         }
         coco.createIndex()
         evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+        if ious:
+            evaluation.params.iouThrs, evaluation.params.maxDets = np.array(ious), [most]
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
+        if not ious:
+            evaluation.summarize()
     return evaluation
+
+
+NAMED = (
+    "mAP", "mAP50", "mAP75", "mAP_small", "mAP_medium", "mAP_large",
+    "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("flags", [(0,), (0, 0, CROWD), (0, OCCLUDED)])
-def test_coco_is_pycocotools(seed: int, flags: tuple[int, ...]) -> None:
-    records, detections = random_photos(seed, flags)
+@pytest.mark.parametrize("scale", [1, 3])
+def test_coco_is_pycocotools(seed: int, flags: tuple[int, ...], scale: int) -> None:
+    """All twelve figures; objects of every size, some on the border between two, scores and overlaps that are equal."""
+    records, detections = random_photos(seed, flags, scale=scale)
     assert max(map(len, detections)) <= 100  # or its default limits would apply
     got, wanted = metrics.coco_ap(records, detections, NAMES), direct(records, detections)
     assert 0.01 < got["mAP"] < 0.95
-    assert [got["mAP"], got["mAP50"], got["mAP75"], got["AR"]] == pytest.approx(wanted.stats[[0, 1, 2, 8]], abs=1e-9)
+    figures = [-1 if got[name] is None else got[name] for name in NAMED]
+    assert figures == pytest.approx(wanted.stats, abs=1e-9)
+    assert got["AR"] == pytest.approx(wanted.stats[8], abs=1e-9)
     precision = wanted.eval["precision"][:, :, :, 0, -1]
     for label, name in enumerate(NAMES):
         curve = precision[:, :, label]
         assert got["per_class"][name] == pytest.approx([curve.mean(), curve[0].mean()], abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_difficult_objects_are_pycocotools_ignored_ones(seed: int) -> None:
+    """pycocotools ignores what lies outside the area range; so a difficult object of such an area is ignored by it."""
+    records, detections = random_photos(seed, (0, 0, DIFFICULT, CROWD))
+    got, wanted = metrics.coco_ap(records, detections, NAMES), direct(records, detections)
+    assert [got[name] for name in ("mAP", "mAP50", "mAP75", "AR1", "AR10", "AR")] == pytest.approx(
+        wanted.stats[[0, 1, 2, 6, 7, 8]], abs=1e-9
+    )
+
+
+def test_other_ious_and_limits_are_pycocotools() -> None:
+    records, detections = random_photos(1)
+    ious, most = (0.3, 0.6, 0.7), 2
+    got = metrics.coco_ap(records, detections, NAMES, ious, most)
+    wanted = direct(records, detections, ious, most)
+    assert got["most"] == most
+    assert got["mAP"] == pytest.approx(wanted.eval["precision"][..., 0, -1].mean(), abs=1e-9)
+    assert got["AR"] == pytest.approx(wanted.eval["recall"][..., 0, -1].mean(), abs=1e-9)
+
+
+def test_pairs_are_looked_at_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    records, detections = random_photos(2, (0, CROWD))
+    whole = metrics.coco_ap(records, detections, NAMES)
+    monkeypatch.setattr(matches, "_ROOM", 7)
+    assert metrics.coco_ap(records, detections, NAMES) == whole
 
 
 def test_more_than_100_detections_count() -> None:
@@ -123,8 +171,11 @@ def test_difficult_objects_do_not_count(flag: int) -> None:
         ([(A, 0, 0.5)], [(A, 0, 0.5)]),
         ([(A, 0, 0.5), (B, 0, 0.9), (C, 0, 0.8)], [(A, 0, 0.5), (C, 0, 0.8)]),
     ):
-        got = metrics.evaluate([photo], [found(*rows)], NAMES)
-        assert got == metrics.evaluate([plain], [found(*same)], NAMES)
+        got, wanted = (metrics.evaluate([one], [found(*some)], NAMES) for one, some in ((photo, rows), (plain, same)))
+        for figures in (got, wanted):  # COCO's limits are on what was found, counted or not
+            for name in ("most", "AR1"):
+                del figures[name]
+        assert got == wanted
 
 
 def test_a_crowd_takes_any_number_of_detections_and_a_difficult_object_one() -> None:
@@ -172,7 +223,9 @@ def share(a: Sequence[float], b: Sequence[float]) -> float:
     return common / ((x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - common)
 
 
-def devkit_ap(records: Sequence[Record], detections: Sequence[Detections], label: int, least: float) -> float | None:
+def devkit_ap(
+    records: Sequence[Record], detections: Sequence[Detections], label: int, least: float, *, eleven: bool = False
+) -> float | None:
     """VOCevaldet.m, step by step (its boxes are of whole pixels, here they have edges)."""
     objects = 0
     used: list[list[bool]] = []
@@ -201,6 +254,9 @@ def devkit_ap(records: Sequence[Record], detections: Sequence[Detections], label
     for i in range(len(hits)):
         right = sum(hits[: i + 1])
         points.append((right / objects, right / (i + 1)))
+    if eleven:
+        bests = [max((p for r, p in points if r >= tenth / 10), default=0.0) for tenth in range(11)]
+        return sum(bests) / 11
     area, before = 0.0, 0.0
     for i, (recall, _) in enumerate(points):
         area += (recall - before) * max(precision for _, precision in points[i:])
@@ -216,6 +272,8 @@ def test_voc_is_the_devkits(seed: int, flags: tuple[int, ...], least: float) -> 
     got = metrics.voc_ap(records, detections, NAMES, least)
     for label, name in enumerate(NAMES):
         assert got[name] == pytest.approx(devkit_ap(records, detections, label, least), abs=1e-9)
+        points = metrics.voc_ap(records, detections, NAMES, least, eleven=True)[name]
+        assert points == pytest.approx(devkit_ap(records, detections, label, least, eleven=True), abs=1e-9)
     known = [value for value in metrics.voc_ap(records, detections, NAMES).values() if value is not None]
     assert metrics.evaluate(records, detections, NAMES)["VOC_AP50"] == pytest.approx(sum(known) / len(known))
 
@@ -275,3 +333,92 @@ def test_what_shares_a_score_is_shown_together() -> None:
     photo = record((A, 0, 0), (B, 0, 0))
     rows = found((A, 0, 0.9), (B, 0, 0.3), *(((i * 3.0, 90.0, i * 3.0 + 2, 95.0), 0, 0.3) for i in range(8)))
     assert best_f1([photo], [rows]) == pytest.approx(0.9, abs=1e-4)
+
+
+# Counts
+
+
+def test_counts_by_hand() -> None:
+    records = [record((A, 0, 0), (B, 1, 0)), record((A, 0, 0), (C, 0, DIFFICULT)), record(), record((A, 1, 0))]
+    detections = [
+        found((A, 0, 0.9), (B, 2, 0.8)),  # two, but one under a wrong name
+        found((A, 0, 0.9), (C, 0, 0.9)),  # the difficult one is not counted, whether found or not
+        found((A, 0, 0.4)),  # below the threshold
+        found((A, 1, 0.9), (B, 1, 0.9), (C, 0, 0.7)),  # two too many
+    ]
+    pool = matches.pool(records, detections, NAMES)
+    got = metrics.count_figures(metrics.counts(pool, matches.match(pool, (0.5,)).state[0, 0], np.full(3, 0.5)))
+    assert got == pytest.approx(
+        {"precision": 3 / 6, "recall": 3 / 4, "f1": 6 / 10, "count_MAE": 2 / 4, "count_exact": 3 / 4, "cAcc": 2 / 4}
+    )
+
+
+def test_the_sweep_is_precision_and_recall_at_every_threshold() -> None:
+    pool = matches.pool(*random_photos(3, (0, DIFFICULT), scale=3), NAMES)
+    state = matches.match(pool, (0.5,)).state[0, 0]
+    swept = metrics.sweep(pool.score, state, int((~pool.ignored).sum()))
+    assert len(swept.score) == len(np.unique(pool.score[state != matches.IGNORED]))
+    for place, score in enumerate(swept.score):
+        got = metrics.count_figures(metrics.counts(pool, state, np.full(3, score)))
+        said = swept.precision[place], swept.recall[place], swept.f1[place]
+        assert [got[name] for name in ("precision", "recall", "f1")] == pytest.approx(list(said))
+
+
+# Chance
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("flags", [(0,), (0, 0, DIFFICULT, CROWD)])
+def test_photos_weighted_are_photos_copied(seed: int, flags: tuple[int, ...]) -> None:
+    records, detections = random_photos(seed, flags)
+    pool = matches.pool(records, detections, NAMES)
+    state = matches.match(pool, metrics.IOUS).state[0]
+    weights = np.random.default_rng(seed).multinomial(12, np.full(12, 1 / 12), size=4)
+    for row, got in zip(weights, metrics.weighted_ap(pool, state, weights), strict=True):
+        # Equal scores of copies stand together only where no other detection has them.
+        copies = [i for i, times in enumerate(row) for _ in range(times)]
+        wanted = metrics.coco_ap([records[i] for i in copies], [detections[i] for i in copies], NAMES)
+        assert got.mean() == pytest.approx(wanted["mAP"], abs=1e-6)
+        assert got[0] == pytest.approx(wanted["mAP50"], abs=1e-6)
+
+
+def compared(first: list[Detections], second: list[Detections], records: list[Record]) -> metrics.Comparison:
+    models = [metrics.scored(matches.pool(records, each, NAMES), np.full(3, 0.5)) for each in (first, second)]
+    a, b = metrics.resamples(models, 400)
+    apart = [metrics.of_pool(model.pool)["mAP50"] for model in models]
+    return metrics.compare("mAP50", a, b, apart[0] - apart[1])
+
+
+def test_a_better_model_is_said_to_be_better_and_the_same_one_is_not() -> None:
+    records, detections = random_photos(0, count=60)
+    worse = [found(*zip(d.boxes[::2].tolist(), d.labels[::2], d.scores[::2], strict=True), hw=d.hw) for d in detections]
+    verdict = compared(detections, worse, records)
+    assert verdict.p < 0.01
+    assert 0 < verdict.low < verdict.difference < verdict.high
+    back = compared(worse, detections, records)
+    assert back[:3] == pytest.approx([-verdict.difference, -verdict.high, -verdict.low])
+    assert compared(detections, detections, records) == (0, 0, 0, 1)
+
+
+def test_chance_alone_is_seldom_significant() -> None:
+    """Two models that are each as good, by luck of the draw: p is small as often as it should be, and no more."""
+    small = 0
+    for seed in range(20):
+        records, one = random_photos(seed, count=40)
+        flip = np.random.default_rng(seed).random(40) < 0.5
+        none = found(hw=(200, 200))
+        first = [none if away else each for each, away in zip(one, flip, strict=True)]
+        second = [each if away else none for each, away in zip(one, flip, strict=True)]
+        small += compared(first, second, records).p < 0.05
+    assert small <= 4
+
+
+def test_intervals_hold_the_figure_and_shrink_with_the_photos() -> None:
+    widths = []
+    for count in (30, 270):
+        records, detections = random_photos(5, count=count)
+        model = metrics.scored(matches.pool(records, detections, NAMES), np.full(3, 0.5))
+        low, high = metrics.intervals(metrics.resamples([model], 400)[0])["recall"]
+        assert low < metrics.count_figures(model.counted)["recall"] < high
+        widths.append(high - low)
+    assert 2 < widths[0] / widths[1] < 4.5  # nine times the photos: a third

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from detkit import config, loggers, metrics, train, watch
+from detkit import config, loggers, matches, metrics, train, watch
 from detkit.errors import UserError
 from detkit.evaluate import Totals, evaluate
 from detkit.nn.contract import Losses
@@ -231,7 +231,7 @@ def test_dead_and_like_channels_are_counted_and_looking_changes_nothing(tmp_path
     assert seen(run.detector, images)["dead_backbone"] == 1
 
 
-def test_curves_are_those_whose_area_is_voc_ap() -> None:
+def test_curves_are_those_whose_area_is_ap() -> None:
     rng = np.random.default_rng(0)
     records, found = [], []
     for _ in range(30):
@@ -242,12 +242,14 @@ def test_curves_are_those_whose_area_is_voc_ap() -> None:
         scores = -np.sort(-rng.uniform(0, 1, 4)).astype(np.float32)
         found.append(Detections(moved, scores, rng.integers(0, 2, 4), (100, 100)))
     names = ("a", "b", "never there")
-    curves, ap = metrics.curves(records, found, names), metrics.voc_ap(records, found, names)
+    pool = matches.pool(records, found, names)
+    curves = metrics.curves(pool, matches.match(pool, (0.5,)).state[0, 0])
+    ap = metrics.of_pool(pool)["per_class"]
     assert set(curves) == {"a", "b"}
     for name, curve in curves.items():
         assert curve.shape == (metrics.RECALLS,)
         assert (np.diff(curve) <= 1e-12).all()
-        assert curve.mean() == pytest.approx(ap[name], abs=0.01)
+        assert curve.mean() == pytest.approx(ap[name][1])
 
 
 def test_samples_show_truth_and_detections_side_by_side(tmp_path: Path) -> None:

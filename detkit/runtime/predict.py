@@ -21,7 +21,7 @@ from detkit.console import bar
 from detkit.errors import UserError
 from detkit.files import atomic_write, next_folder
 from detkit.manifest import Manifest
-from detkit.runtime import render
+from detkit.runtime import decide, render
 from detkit.types import Detections
 
 BATCH = 8  # photos held in memory at a time
@@ -39,7 +39,7 @@ class Detector(Protocol):
 
     @property
     def manifest(self) -> Manifest:
-        """How the detector was made; its `score` is the default threshold."""
+        """How the detector was made; it decides which detections are shown."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -96,15 +96,15 @@ def predict(
     and OUT/<stem>.json (.xml with format 'voc') for each. Returns how many photos could not be read.
 
     out: a folder that is new or empty; default predictions/<n>. score: the lowest that is shown and written; default:
-    the manifest's. progress: a bar where there is more than a handful of photos. Photos that share a stem get <stem>-2
-    and so on. Raises UserError on bad options and where nothing can be written; an unreadable photo is told at the end.
+    as the manifest decides. progress: a bar where there is more than a handful of photos. Photos that share a stem get
+    <stem>-2 and so on. Raises UserError on bad options and where nothing can be written; an unreadable photo is told
+    at the end.
     """
     if format not in _FORMATS:
         raise UserError(f"format '{format}': one of {', '.join(_FORMATS)}")
     console = console or Console()
     photos = expand(inputs)
     folder = _claim(out)
-    limit = detector.manifest.score if score is None else score
     report = _Report(console, detector.classes, several=len(photos) > DETAILED)
     names = dict(zip(photos, unique_stems(photos), strict=True))
     display = bar(console)
@@ -113,7 +113,7 @@ def predict(
         task = display.add_task("predicting", total=len(photos))
         for done, batch in _batches(photos, report.failures):
             for (photo, image), found in zip(batch, detector.detect([image for _, image in batch]), strict=True):
-                kept = found.above(limit)
+                kept = decide.shown(found, detector.manifest, score)
                 written = _write(folder / names[photo], photo, image, kept, detector.classes, format)
                 report.add(photo, kept, written)
             display.update(task, completed=done)
