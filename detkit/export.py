@@ -62,6 +62,7 @@ SCENES, GOLDEN = 16, 3  # made-up photos that are tried, and kept
 CALIBRATION = 100  # training photos that set the ranges of int8
 BLAMED = 32  # validation photos on which layers are compared
 ROUNDS = 20  # of the latency
+REFUSED = ".refused.json"  # ends the report of what did not get its name
 
 
 def _suppress(boxes: Any, scores: Any, iou: float, score: float, keep: int) -> Any:
@@ -237,7 +238,7 @@ def run(
 
     out: the canvas file, default beside the checkpoint; the image file is NAME-image.onnx beside it, the gate's report
     NAME.report.json. They are tried on the validation split of the run, or of the data set in `root`. Returns the ONNX
-    files. Raises UserError, and then writes no ONNX file; where they were tried and refused, the report says why.
+    files. Raises UserError and writes no ONNX file then; where they were refused, NAME.refused.json says why.
     """
     source = checkpoint.find(model)
     trained = checkpoint.read(source)
@@ -275,6 +276,7 @@ def run(
         _say(target, own, console)
         snippets += write_snippets(target)
     _report(path, said)
+    path.with_suffix(REFUSED).unlink(missing_ok=True)
     agreed = sum(check.detections for check in report.checks)
     console.print(
         f"ONNX Runtime and torch agree on {agreed} detections in {len(ground.index)} of {len(ground.dataset)} "
@@ -322,16 +324,17 @@ def _spread(count: int, most: int) -> list[int]:
     return [int(place) for place in np.unique(places)]
 
 
-def _report(path: Path, said: dict[str, Any]) -> Path:
+def _report(path: Path, said: dict[str, Any], suffix: str = ".report.json") -> Path:
     """Write the report of that canvas file; returns its path."""
-    file = path.with_suffix(".report.json")
+    file = path.with_suffix(suffix)
     atomic_write(file, json.dumps(said, indent=1) + "\n")
     return file
 
 
 def _refuse(path: Path, said: dict[str, Any], why: str) -> NoReturn:
-    """Write the report with the reason, and raise UserError."""
-    raise UserError(f"{path}: not written: {why}; {_report(path, said | {'refused': why}).name} has it all")
+    """Write the report, beside that of an older file, with the reason, and raise UserError."""
+    report = _report(path, said | {"refused": why}, REFUSED)
+    raise UserError(f"{path}: not written: {why}; {report.name} has it all")
 
 
 def _said(report: Report, ground: _Ground) -> dict[str, Any]:

@@ -372,17 +372,21 @@ def test_nothing_is_written_where_the_file_is_wrong(vgg: Path, monkeypatch: pyte
 
     monkeypatch.setattr(export, "graph", wrong)
     out = vgg.parent / "wrong" / "model.onnx"
-    with pytest.raises(UserError, match=r"model\.onnx: not written.*model\.report\.json") as error:
+    with pytest.raises(UserError, match=r"model\.onnx: not written.*model\.refused\.json") as error:
         exported(Plan(), vgg, out)
     assert "\n" not in str(error.value)
-    assert [path.name for path in out.parent.iterdir()] == ["model.report.json"]
-    report = json.loads((out.parent / "model.report.json").read_text())
+    assert [path.name for path in out.parent.iterdir()] == ["model.refused.json"]
+    report = json.loads((out.parent / "model.refused.json").read_text())
     assert report["refused"] in str(error.value)
     assert report["files"] == {}
     (first,) = (check for check in report["checks"] if check["series"] == "validation photos")
     assert first["wrong"] > 0
     assert report["photos that differ"]
     assert {*report["photos that differ"]} <= {f"{i}.jpg" for i in range(4)}
+    monkeypatch.undo()
+    exported(Plan(), vgg, out)
+    assert not out.with_suffix(".refused.json").exists()
+    assert out.with_suffix(".report.json").exists()
     assert str(vgg.parent) not in json.dumps(report)
 
 

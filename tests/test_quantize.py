@@ -219,8 +219,8 @@ def test_refused_beyond_the_budget_with_the_parts_to_blame(
     ) as error:
         export.run(str(run_folder), tmp_path / "m.onnx", None, Console(file=io.StringIO()), Plan(precision="int8"))
     assert "\n" not in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["m.report.json"]
-    report = json.loads((tmp_path / "m.report.json").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["m.refused.json"]
+    report = json.loads((tmp_path / "m.refused.json").read_text())
     assert report["refused"] in str(error.value)
     assert report["precision"]["mAP"][1] == -1
     assert report["precision"]["changes"]
