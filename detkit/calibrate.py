@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from detkit import checkpoint, matches, metrics, sources, thresholds
+from detkit import checkpoint, matches, metrics, snippets, sources, thresholds
 from detkit.errors import UserError
 from detkit.files import atomic_write
 from detkit.manifest import DIGEST, KEY, Decision, Manifest, seal
@@ -40,12 +40,18 @@ def run(
     console.print(table)
     low, high = min(decision.thresholds), max(decision.thresholds)
     path = out or source.path
+    programs = snippets.present(path) if path.suffix == ".onnx" and path.is_file() else {}
     write(source.path, path, decision)
     console.print(
         f"{path}: thresholds for {wanted}, {low:.3f} to {high:.3f}; calibration: {decision.calibration}",
         highlight=False,
         markup=False,
     )
+    if programs:
+        snippets.write(path, [each for each, own in programs.items() if own])
+    for each, own in programs.items():
+        said = "with these thresholds" if own else "not detkit's own text, so left with its thresholds"
+        console.print(f"{each}: {said}", highlight=False, markup=False)
     return decision
 
 

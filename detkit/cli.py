@@ -366,6 +366,25 @@ def calibrate(
 
 
 @app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="a run or a checkpoint")],
+    photos: Annotated[list[str], typer.Argument(help="photos, folders, globs")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="a new folder; default: explanations/<n>")] = None,
+    data: Annotated[Path | None, typer.Option(help="data set whose labels are shown; default: the run's")] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="module to look into, such as backbone or head.tower.0; default: backbone, neck")
+    ] = None,
+    class_name: Annotated[str | None, typer.Option("--class", help="only objects and detections of this class")] = None,
+    detections: Annotated[int, typer.Option(min=1, help="how many, the surest first; and how many objects")] = 6,
+    device: DeviceOption = "auto",
+) -> None:
+    """Show what a detector sees in photos: feature maps, Grad-CAM, matched anchors, proposals, scores before NMS."""
+    from detkit import explain as job
+
+    job.run(model, photos, out, job.Options(data, layer, class_name, detections, device), _console())
+
+
+@app.command()
 def predict(
     photos: Annotated[
         list[str] | None,

@@ -37,6 +37,7 @@ _EXTRAS = {
     **dict.fromkeys(
         (
             "albumentations",
+            "captum",
             "cv2",
             "filelock",
             "onnx",

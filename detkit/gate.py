@@ -189,8 +189,9 @@ def _run(predictor: Predictor, canvases: Sequence[NDArray[np.uint8]]) -> list[tu
 @dataclass
 class Check:
     """How a file compares with torch on one series of photos. detections: those of torch that were compared. ties: how
-    many of them are another box of an object in ONNX Runtime, since NMS chose among equals. wrong: how many differ.
-    box, score: the largest differences of the others, in pixels of what the file takes, and as such."""
+    many of them are another box of an object in ONNX Runtime, since NMS chose among equals. wrong: how many differ;
+    places: in which photos of the series. box, score: the largest differences of the others, in pixels of what the file
+    takes, and as such."""
 
     file: str
     series: str
@@ -198,6 +199,7 @@ class Check:
     detections: int = 0
     ties: int = 0
     wrong: int = 0
+    places: list[int] = field(default_factory=list)
     box: float = 0.0
     score: float = 0.0
 
@@ -379,7 +381,9 @@ def _judge(pairs: Sequence[_Pair], predictor: Predictor, report: Report) -> None
             photo = pair.series.make(pair.index)
             (outputs,) = _run(candidates, [pair.subject.sees(photo)])
             pool = pair.subject.found(outputs, pair.plan, torchs=True)
-            check.wrong += _wrong(pair.ours, pair.theirs, pool, predictor.rule, floor)
+            wrong = _wrong(pair.ours, pair.theirs, pool, predictor.rule, floor)
+            check.wrong += wrong
+            check.places += [pair.index] if wrong else []
     for check in report.checks:
         if check.wrong:
             what = f"{check.wrong} detections differ, of {check.detections} with a score above {floor:.3g}"

@@ -32,8 +32,7 @@ _CARRIES = defaultdict(
     lambda: slice(None),
     dict.fromkeys(("Clip", "Expand", "Gather", "Pad", "Reshape", "Resize", "RoiAlign", "MaxRoiPool", "Slice"), slice(1))
     | dict.fromkeys(("Split", "Squeeze", "Tile", "Unsqueeze", "ReduceMean"), slice(1))
-    | dict.fromkeys(("ConstantOfShape", "Shape"), slice(0))
-    | {"ScatterND": slice(0, 3, 2), "Where": slice(1, 3)},
+    | {"Shape": slice(0), "Where": slice(1, 3)},
 )
 # Of the values that a tensor has in the photos, so many are within its range; the rest are clipped.
 _SHARE = 0.9999
@@ -55,7 +54,7 @@ def _features(model: onnx.ModelProto) -> set[str]:
         node = open_ends.pop()
         for name in list(node.input)[_CARRIES[node.op_type]]:
             maker = makers.get(name)
-            if maker is not None and maker.name not in found and maker.op_type != "ConstantOfShape":
+            if maker is not None and maker.name not in found:
                 found[maker.name] = maker
                 open_ends.append(maker)
     return set(found)
@@ -191,12 +190,14 @@ class Int8(_Reduced):
         for canvas in canvases:
             for name, values in zip(names, run.run(names, {INPUT: canvas[None]}), strict=True):
                 flat = values.ravel()
+                if not flat.size:  # of a pyramid's level no region may be taken
+                    continue
                 beyond = int(flat.size * (1 - _SHARE))
                 flat = np.partition(flat, (beyond, flat.size - 1 - beyond))
                 ends[name].append((float(flat[beyond]), float(flat[flat.size - 1 - beyond])))
         ranges = {}
         for name, pairs in ends.items():
-            low, high = np.mean(pairs, axis=0)
+            low, high = np.mean(pairs or [(0.0, 0.0)], axis=0)
             ranges[name] = (np.float32(min(low, 0)), np.float32(max(high, 0)))
         return ranges
 

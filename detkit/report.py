@@ -296,10 +296,11 @@ def _doubt(found: Assessment, suspect: Any) -> dict[str, Any]:
 
 
 def _uri(draw: Callable[[Any], None], size: tuple[float, float] = (6.4, 4.2)) -> str:
-    return "data:image/png;base64," + base64.b64encode(_png(draw, size)).decode()
+    return "data:image/png;base64," + base64.b64encode(png(draw, size)).decode()
 
 
-def _png(draw: Callable[[Any], None], size: tuple[float, float]) -> bytes:
+def png(draw: Callable[[Any], None], size: tuple[float, float]) -> bytes:
+    """A plot as a PNG. draw: gets the axes. size: inches."""
     need("matplotlib")
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
@@ -314,7 +315,7 @@ def _png(draw: Callable[[Any], None], size: tuple[float, float]) -> bytes:
 
 def plots(found: Assessment) -> dict[str, bytes]:
     """A PNG of each plot, by title."""
-    return {name: _png(draw, size) for name, draw, size in _plots(found)}
+    return {name: png(draw, size) for name, draw, size in _plots(found)}
 
 
 def _plots(found: Assessment) -> Iterator[tuple[str, Callable[[Any], None], tuple[float, float]]]:
@@ -322,8 +323,10 @@ def _plots(found: Assessment) -> Iterator[tuple[str, Callable[[Any], None], tupl
     tall = max(4.2, 0.9 + 0.17 * min(classes, _MOST_NAMED))
     square = min(11.0, max(5.0, 1.5 + 0.24 * (len(found.pool.classes) + 1)))
     yield "Precision and recall", lambda axes: _plot_curves(axes, found), usual
+    yield "AP and AR", lambda axes: _plot_averages(axes, found), usual
     yield "Precision, recall and F1 over the threshold", lambda axes: _plot_sweep(axes, found), usual
     yield "What errors cost", lambda axes: _plot_tide(axes, found), usual
+    yield "Counts", lambda axes: _plot_counts(axes, found), usual
     yield "Reliability", lambda axes: _plot_reliability(axes, found), usual
     yield "AP by class", lambda axes: _plot_classes(axes, found), (6.4, tall)
     yield "Confusion", lambda axes: _plot_confusion(axes, found), (square, square)
@@ -373,6 +376,36 @@ def _plot_tide(axes: Any, found: Assessment) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set(xlabel="mAP50 that is lost", title="Kinds of error (TIDE)")
+
+
+def _plot_averages(axes: Any, found: Assessment) -> None:
+    """AP and AR at all their settings, with intervals where there are some."""
+    names = [name for name in _NAMES if name.startswith(("mAP", "AR", "VOC"))]
+    known = [name for name in names if found.figures[name] is not None]
+    colours = [_COLOURS[("mAP", "AR", "VOC").index(name[: 2 if name[0] == "A" else 3])] for name in known]
+    values = np.array([found.figures[name] for name in known])
+    axes.barh([_NAMES[name] for name in known], values, color=colours)
+    for place, (name, value) in enumerate(zip(known, values, strict=True)):
+        low, high = found.figures["intervals"].get(name, (value, value))
+        axes.plot((low, high), (place, place), color="black", linewidth=1)
+        axes.annotate(number(value), (high, place), (4, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set(xlim=(0, 1), title="AP and AR")
+
+
+def _plot_counts(axes: Any, found: Assessment) -> None:
+    """Photos by how many products too many were found; what is right for every class is told apart."""
+    counts = found.model.counted
+    off = (counts.found - counts.objects).astype(int)
+    sides = np.arange(off.min(initial=0), off.max(initial=0) + 1)
+    every = [int((off == side).sum()) for side in sides]
+    axes.bar(sides, every, color=_COLOURS[5], label="photos")
+    axes.bar([0], [int(counts.checkout.sum())], color=_COLOURS[2], label="of these, every class's count right (cAcc)")
+    for side, photos in zip(sides, every, strict=True):
+        axes.annotate(str(photos), (side, photos), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+    axes.legend(fontsize=8, frameon=False)
+    axes.set(xlabel="products shown, less those that are there", ylabel="photos", title="Counts at the thresholds")
 
 
 def _plot_reliability(axes: Any, found: Assessment) -> None:

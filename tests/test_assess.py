@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ import onnx
 import pytest
 from rich.console import Console
 
-from detkit import assess, calibrate, config, report
+from detkit import assess, calibrate, config, report, snippets
 from detkit.cli import main
 from detkit.data import cache
 from detkit.errors import UserError
@@ -162,6 +163,19 @@ def test_a_calibrated_file_shows_by_its_thresholds(tmp_path: Path, method: Any) 
     assert np.allclose(Session(out).detect([image])[0].boxes, Session(path).detect([image])[0].boxes)
     figures = assess.run(str(out), WHERE, QUIET, resamples=0)
     assert figures["thresholds"] == "for recall=0.9"
+
+
+def test_programs_beside_a_calibrated_file_are_written_anew_unless_somebody_changed_them(tmp_path: Path) -> None:
+    path = one_onnx(tmp_path)
+    python, *others = snippets.write(path)
+    python.write_text("mine", encoding="utf-8")
+    before = [each.read_text(encoding="utf-8") for each in others]
+    said = io.StringIO()
+    calibrate.run(str(path), WHERE, Console(file=said, width=1000), aim="recall=0.9")
+    assert python.read_text(encoding="utf-8") == "mine"
+    assert f"{python}: not detkit's own text" in said.getvalue()
+    assert snippets.present(path) == {python: False} | dict.fromkeys(others, True)
+    assert all(each.read_text(encoding="utf-8") != text for each, text in zip(others, before, strict=True))
 
 
 def one_line(capsys: pytest.CaptureFixture[str], *words: object) -> str:

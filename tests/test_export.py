@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detkit import checkpoint, config, export, gate, geometry, imagegraph, imaging
+from detkit import checkpoint, config, export, gate, geometry, imagegraph, imaging, speed
 from detkit.errors import UserError
 from detkit.export import Plan
 from detkit.gate import Series, Subject
@@ -165,6 +165,15 @@ def test_each_file_is_whole_and_says_what_it_is(both: list[Path], vgg: Path) -> 
         assert all(len(golden.scores) > 5 for golden in said.golden)
 
 
+def test_the_files_have_the_flops_that_torch_counts(both: list[Path], vgg: Path) -> None:
+    counted = speed.torch_flops(checkpoint.read(vgg).predictor(), CANVAS.size)
+    assert [speed.onnx_flops(onnx.load(path)) for path in both] == [counted, counted]
+    foreign = onnx.load(both[0])
+    del foreign.graph.value_info[:]
+    foreign.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "height"
+    assert speed.onnx_flops(foreign) is None
+
+
 def test_nothing_but_the_files_and_their_report_and_programs_is_written(both: list[Path]) -> None:
     names = {path.name for path in both[0].parent.iterdir()}
     programs = {f"{path.stem}-detect.{suffix}" for path in both for suffix in ("py", "cpp", "cs", "mjs")}
@@ -172,6 +181,8 @@ def test_nothing_but_the_files_and_their_report_and_programs_is_written(both: li
     report = json.loads((both[0].parent / "shelf.report.json").read_text())
     assert set(report["files"]) == {path.name for path in both}
     assert report["batches"] == [1, 3, 8]
+    assert report["photos that differ"] == []
+    assert "refused" not in report
     series = {check["series"] for check in report["checks"]}
     assert series >= {"validation photos", "blank", "1 x 1", "8000 x 6000"}
     assert sum(check["detections"] for check in report["checks"]) > 1000
@@ -361,10 +372,22 @@ def test_nothing_is_written_where_the_file_is_wrong(vgg: Path, monkeypatch: pyte
 
     monkeypatch.setattr(export, "graph", wrong)
     out = vgg.parent / "wrong" / "model.onnx"
-    with pytest.raises(UserError, match=r"model\.onnx: not written") as error:
+    with pytest.raises(UserError, match=r"model\.onnx: not written.*model\.refused\.json") as error:
         exported(Plan(), vgg, out)
     assert "\n" not in str(error.value)
-    assert not out.parent.exists()
+    assert [path.name for path in out.parent.iterdir()] == ["model.refused.json"]
+    report = json.loads((out.parent / "model.refused.json").read_text())
+    assert report["refused"] in str(error.value)
+    assert report["files"] == {}
+    (first,) = (check for check in report["checks"] if check["series"] == "validation photos")
+    assert first["wrong"] > 0
+    assert report["photos that differ"]
+    assert {*report["photos that differ"]} <= {f"{i}.jpg" for i in range(4)}
+    monkeypatch.undo()
+    exported(Plan(), vgg, out)
+    assert not out.with_suffix(".refused.json").exists()
+    assert out.with_suffix(".report.json").exists()
+    assert str(vgg.parent) not in json.dumps(report)
 
 
 def test_another_data_set_must_have_the_same_classes(vgg: Path, tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ from PIL import Image
 
 from detkit import imaging, snippets
 from detkit.errors import UserError
-from detkit.manifest import KEY, Manifest
+from detkit.manifest import KEY, Decision, Manifest
+from detkit.runtime import decide
 from detkit.runtime.session import Session
+from detkit.types import Detections
 from tests.runtime.conftest import image_model
 from tests.test_manifest import manifest
 
@@ -71,7 +73,10 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if kind == "image":
         onnx.save(image_model(manifest(input="image", classes=CLASSES, score=0.1)), path)
     else:
-        onnx.save(canvas_model(manifest(resize=kind, classes=CLASSES, score=0.4)), path)
+        # One with a calibration and thresholds, of which the last class reaches none.
+        thresholds = Decision(calibration="temperature", temperature=2.0, thresholds=(0.4, 0.5, 1.0))
+        decision = thresholds if kind == "letterbox" else None
+        onnx.save(canvas_model(manifest(resize=kind, classes=CLASSES, score=0.4, decision=decision)), path)
     return path
 
 
@@ -94,11 +99,13 @@ def check(command: list[str | Path], model: Path, shown: list[Path]) -> None:
     done = subprocess.run([*command, *shown], capture_output=True, encoding="utf-8", timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     session = Session(model, device="cpu")
+    lowest = decide.lowest(session.manifest)
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     total = 0
     for path in shown:
         (found,) = session.detect([imaging.decode(path)])
-        found = found.above(session.manifest.score)
+        kept = decide.are_shown(found, session.manifest)
+        found = Detections(found.boxes[kept], found.scores[kept], found.labels[kept], found.hw)
         mine = [row for row in rows if row[0] == str(path)]
         total += len(mine)
         # The same, but for those at the threshold's edge: another decoder or rounding may differ by a level.
@@ -109,7 +116,7 @@ def check(command: list[str | Path], model: Path, shown: list[Path]) -> None:
         said = {(row[1], *np.round(np.float32(row[3:]), 1).tolist()): float(row[2]) for row in mine}
         assert len(said) == len(mine)
         for key in expected.keys() ^ said.keys():
-            assert abs({**expected, **said}[key] - session.manifest.score) < 0.005
+            assert abs({**expected, **said}[key] - lowest[session.classes.index(key[0])]) < 0.005
         both = sorted(expected.keys() & said.keys())
         assert both
         assert_allclose([said[key] for key in both], [expected[key] for key in both], atol=0.005)
@@ -153,6 +160,15 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def test_programs_that_somebody_has_changed_are_known(model: Path) -> None:
+    python, *others = snippets.write(model)
+    others.pop().unlink()
+    python.write_text("# mine\n", encoding="utf-8")
+    assert snippets.present(model) == {python: False} | dict.fromkeys(others, True)
+    assert snippets.write(model, others) == others
+    assert python.read_text(encoding="utf-8") == "# mine\n"
 
 
 def test_control_characters_are_octal_in_c_plus_plus() -> None:

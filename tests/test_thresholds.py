@@ -11,7 +11,7 @@ from detkit import matches, metrics, thresholds
 from detkit.errors import UserError
 from detkit.manifest import Decision
 from detkit.runtime import decide
-from detkit.types import DIFFICULT
+from detkit.types import DIFFICULT, Detections
 from tests.test_manifest import manifest
 from tests.test_metrics import NAMES, found, random_photos, record
 
@@ -136,6 +136,30 @@ def test_reliability_by_hand() -> None:
 
 
 ROWS = found(((0, 0, 9, 9), 0, 0.9), ((0, 0, 9, 9), 1, 0.6), ((0, 0, 9, 9), 0, 0.5), ((0, 0, 9, 9), 1, 0.2))
+
+
+@pytest.mark.parametrize(
+    "decision",
+    [
+        None,
+        Decision(thresholds=(0.3, 1.0, 0.0)),
+        Decision(calibration="temperature", temperature=2.3, thresholds=(0.3, 1.0, 0.71)),
+        Decision(
+            calibration="isotonic", knots=((0, 0), (0.2, 0.4), (0.9, 0.41), (1, 0.8)), thresholds=(0.4, 0.81, 0.405)
+        ),
+        Decision(calibration="temperature", temperature=0.4),
+    ],
+)
+def test_thresholds_for_scores_before_calibration_show_the_same(decision: Decision | None) -> None:
+    said = manifest(classes=("a", "b", "c"), decision=decision)
+    lowest = decide.lowest(said)
+    near = [np.nextafter(lowest, np.float32(side)) for side in (0, 2)]
+    scores = np.concatenate([*near, lowest, np.linspace(0, 1, 300, dtype=np.float32)]).clip(0, 1)
+    labels = np.tile(np.arange(3), len(scores) // 3)
+    kept = decide.are_shown(Detections(np.zeros((len(scores), 4), np.float32), scores, labels, (1, 1)), said)
+    assert np.array_equal(kept, scores >= lowest[labels])
+    assert lowest.max() <= np.nextafter(np.float32(1), np.float32(2))
+    assert kept.any()
 
 
 def test_a_model_shows_what_it_decides_unless_the_user_says() -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from detkit.nn.matching import Match
 from detkit.types import Targets
 
 Feats = tuple[Tensor, ...]
@@ -63,6 +64,15 @@ class Head(nn.Module):
 
     def decode(self, outputs: Any) -> Decoded:
         """Outputs -> candidates."""
+        raise NotImplementedError
+
+    def places(self, outputs: Any) -> Tensor:
+        """Where each of its A candidates looks: its default box, anchor or cell, float32 [A, 4], pixels of the input
+        canvas. Of a head with two stages, those of the first."""
+        raise NotImplementedError
+
+    def match(self, outputs: Any, targets: Targets) -> Match:
+        """Which of these candidates answer for which object, as the loss has it."""
         raise NotImplementedError
 
     def class_layers(self) -> dict[str, ClassRows]:

@@ -31,6 +31,19 @@ def thresholds(manifest: Manifest) -> tuple[float, ...]:
     return chosen or (manifest.score,) * len(manifest.classes)
 
 
+def lowest(manifest: Manifest) -> NDArray[np.float32]:
+    """Of each class, the lowest score of the network, before calibration, that `shown` leaves: float32 [C]. More than 1
+    where none is enough."""
+    decision, wanted = manifest.decision or Decision(), np.array(thresholds(manifest), np.float32)
+    # Floats from 0 on are ordered as their bits are.
+    low, high = np.zeros(len(wanted), np.int32), np.full(len(wanted), np.float32(1).view(np.int32) + 1)
+    while (low < high).any():
+        middle = (low + high) // 2
+        enough = calibrated(middle.view(np.float32), decision).astype(np.float32) >= wanted
+        low, high = np.where(enough, low, np.minimum(middle + 1, high)), np.where(enough, middle, high)
+    return low.view(np.float32)
+
+
 def scored(found: Detections, manifest: Manifest) -> Detections:
     """The detections with calibrated scores, where the manifest has a calibration."""
     if manifest.decision is None:

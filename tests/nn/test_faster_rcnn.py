@@ -22,7 +22,7 @@ from torchvision.models.detection.faster_rcnn import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, box_iou
 
-from detkit import config, export
+from detkit import config, export, speed
 from detkit.errors import UserError
 from detkit.nn import matching, weights
 from detkit.nn.anchors import grid_anchors
@@ -667,6 +667,7 @@ def test_onnx_finds_the_same_at_any_batch_size(name: str) -> None:
         np.testing.assert_allclose(scores, wanted[1], atol=1e-4)
         np.testing.assert_allclose(boxes, wanted[0], atol=0.01)
         np.testing.assert_array_equal(labels, wanted[2])
+    assert speed.onnx_flops(model) == speed.torch_flops(predictor, HW)
 
 
 # What its user is told

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import box_iou, complete_box_iou_loss
 
-from detkit import config, export, gate
+from detkit import config, export, gate, speed
 from detkit.errors import UserError
 from detkit.nn import heads, matching
 from detkit.nn.anchors import cells
@@ -599,3 +599,4 @@ def test_onnx_finds_what_torch_finds(name: str) -> None:
     assert result.ties < result.detections / 20
     assert result.box < 0.01
     assert result.score < 1e-4
+    assert speed.onnx_flops(graph) == speed.torch_flops(predictor, settings.input.size)

@@ -14,7 +14,7 @@ from detkit.config import FasterRCNN, Select
 from detkit.nn.anchors import grid_anchors
 from detkit.nn.boxes import decode, encode
 from detkit.nn.contract import ClassRows, Decoded, Feats, FeatureMaps, Head, Losses
-from detkit.nn.matching import match_regions, owners
+from detkit.nn.matching import Match, match_regions, owners
 from detkit.nn.necks import conv
 from detkit.nn.roi import levels_of, pyramid_align, rois
 from detkit.nn.select import select
@@ -202,6 +202,17 @@ class FasterRCNNHead(Head):
         index, positive, taken = draw(positive & real, negative, cfg.samples, cfg.positives, keys_B)
         boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))
         return boxes, taken, (anchors, Samples(index, owners(boxes, targets) * positive, positive, taken))
+
+    def places(self, outputs: Outputs) -> Tensor:
+        """The anchors."""
+        return outputs.anchors
+
+    def match(self, outputs: Outputs, targets: Targets) -> Match:
+        """By overlap; the losses look at a sample of these."""
+        positive, ignore = match_regions(outputs.anchors[None], targets, *self.settings.rpn_iou, best_too=True)
+        some, owner = positive.any(0).nonzero().squeeze(1), torch.zeros_like(positive, dtype=torch.int64)
+        owner[:, some] = owners(outputs.anchors[some].expand(len(positive), -1, -1), targets)
+        return Match(owner * positive, positive, ignore, positive.float())
 
     def _pool(self, feats: Feats, regions_BP4: Tensor) -> Tensor:
         """Features of regions [B * P, C, size, size]."""

@@ -13,6 +13,7 @@ from detkit.nn.anchors import default_boxes, shapes
 from detkit.nn.boxes import decode
 from detkit.nn.contract import ClassRows, Decoded, Feats, FeatureMaps, Head, Losses
 from detkit.nn.losses import aligned_loss, multibox_loss
+from detkit.nn.matching import Match, match_aligned, match_priors
 from detkit.nn.necks import separable
 from detkit.types import Targets
 
@@ -90,16 +91,30 @@ class SSDHead(Head):
                 variances=cfg.variances,
                 smoothing=cfg.smoothing,
             )
-        centres = (outputs.priors[:, :2] + outputs.priors[:, 2:]) / 2
         return aligned_loss(
             outputs.logits,
             self._boxes(outputs),
-            centres,
+            self._centres(outputs),
             targets,
             top=cfg.top_candidates,
             smoothing=cfg.smoothing,
             box_weight=cfg.box_weight,
         )
+
+    def places(self, outputs: Outputs) -> Tensor:
+        """The default boxes."""
+        return outputs.priors
+
+    def match(self, outputs: Outputs, targets: Targets) -> Match:
+        """By overlap, or by what is predicted (aligned)."""
+        if self.multibox:
+            return match_priors(outputs.priors, targets, self.settings.match_iou)
+        scores, centres = outputs.logits.float().sigmoid(), self._centres(outputs)
+        return match_aligned(self._boxes(outputs), scores, centres, targets, self.settings.top_candidates)
+
+    @staticmethod
+    def _centres(outputs: Outputs) -> Tensor:
+        return (outputs.priors[:, :2] + outputs.priors[:, 2:]) / 2
 
     def _boxes(self, outputs: Outputs) -> Tensor:
         return decode(outputs.offsets.float(), outputs.priors, self.settings.variances)

@@ -15,6 +15,7 @@ from detkit.nn.anchors import cells
 from detkit.nn.boxes import ciou
 from detkit.nn.contract import ClassRows, Decoded, Feats, FeatureMaps, Head, Losses
 from detkit.nn.losses import align
+from detkit.nn.matching import Match, match_aligned
 from detkit.nn.necks import conv
 from detkit.types import Targets
 
@@ -96,6 +97,16 @@ class YOLOHead(Head):
             "dfl": cfg.dfl_weight * (dfl * quality).sum(),
         }
         return Losses(sums, dict.fromkeys(sums, count))
+
+    def places(self, outputs: Outputs) -> Tensor:
+        """The cells."""
+        centre, half = outputs.cells[:, :2], outputs.cells[:, 2:] / 2
+        return torch.cat([centre - half, centre + half], 1)
+
+    def match(self, outputs: Outputs, targets: Targets) -> Match:
+        """By what is predicted."""
+        boxes, scores = self._boxes(outputs.sides, outputs.cells), outputs.logits.float().sigmoid()
+        return match_aligned(boxes, scores, outputs.cells[:, :2], targets, self.settings.top_candidates)
 
     def _distances(self, boxes: Tensor, where: Tensor) -> Tensor:
         """The sides of boxes [..., 4] as seen from cells [..., 3], in strides, within what the bins reach: [..., 4]."""

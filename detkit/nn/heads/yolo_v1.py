@@ -13,6 +13,7 @@ from detkit.config import YOLOv1
 from detkit.errors import UserError
 from detkit.nn.boxes import area, iou
 from detkit.nn.contract import ClassRows, Decoded, Feats, FeatureMaps, Head, Losses
+from detkit.nn.matching import Match
 from detkit.nn.necks import conv
 from detkit.types import Targets
 
@@ -93,12 +94,16 @@ class YOLOv1Head(Head):
         column, row = centre.long().clamp(0, cells - 1).unbind(-1)
         return row * cells + column
 
-    def loss(self, outputs: Outputs, targets: Targets) -> Losses:
-        """The paper's: sums of squared errors, over the number of images.
+    def places(self, outputs: Outputs) -> Tensor:
+        """The cells, each as often as it has boxes."""
+        corners = self._corners(outputs.boxes.device).expand(-1, self.settings.boxes, -1).flatten(0, 1)
+        return torch.cat([corners, corners + 1], 1) * (self._canvas(corners.device) / self.settings.grid).repeat(2)
 
-        A cell answers for the object whose centre it holds, with the box that overlaps it most; of several objects,
+    @torch.no_grad()
+    def match(self, outputs: Outputs, targets: Targets) -> Match:
+        """A cell answers for the object whose centre it holds, with the box that overlaps it most; of several objects,
         for the largest, and of equal ones for the first. Where only an ignored object has its centre, the cell's
-        confidences cost nothing.
+        confidences cost nothing. Quality is the IoU of that box.
         """
         cfg = self.settings
         (B, G), N = targets.labels.shape, cfg.grid**2
@@ -118,10 +123,23 @@ class YOLOv1Head(Head):
         )
 
         truth_BN4 = targets.boxes.gather(1, object_BN[..., None].expand(-1, -1, 4))
-        with torch.no_grad():
-            overlap_BNP = iou(self._boxes(outputs), truth_BN4[:, :, None])
-            best_BNP = torch.zeros_like(overlap_BNP).scatter(2, overlap_BNP.argmax(2, keepdim=True), 1.0)
-        answers_BNP = best_BNP * full_BN[..., None]
+        overlap_BNP = iou(self._boxes(outputs), truth_BN4[:, :, None])
+        best_BNP = torch.zeros_like(overlap_BNP, dtype=torch.bool).scatter(2, overlap_BNP.argmax(2, keepdim=True), True)
+        answers_BNP = best_BNP & full_BN[..., None]
+        spared_BNP = (~full_BN & (ignored_BN > 0))[..., None].expand_as(answers_BNP)
+        objects_BNP = object_BN[..., None].expand_as(answers_BNP)
+        parts = (objects_BNP, answers_BNP, spared_BNP, overlap_BNP * answers_BNP)
+        return Match(*(part.flatten(1) for part in parts))
+
+    def loss(self, outputs: Outputs, targets: Targets) -> Losses:
+        """The paper's: sums of squared errors, over the number of images."""
+        cfg, match = self.settings, self.match(outputs, targets)
+        B, N = outputs.classes.shape[:2]
+        answers_BNP, spared_BNP, overlap_BNP = (
+            part.view(B, N, cfg.boxes).float() for part in (match.positive, match.ignore, match.quality)
+        )
+        object_BN, full_BN = match.object.view(B, N, -1)[..., 0], answers_BNP.amax(2)
+        truth_BN4 = targets.boxes.gather(1, object_BN[..., None].expand(-1, -1, 4))
         canvas = self._canvas(truth_BN4.device)
         centre = (truth_BN4[..., None, :2] + truth_BN4[..., None, 2:]) / 2 / canvas * cfg.grid
         roots = ((truth_BN4[..., None, 2:] - truth_BN4[..., None, :2]) / canvas).clamp(min=0).sqrt()
@@ -130,7 +148,7 @@ class YOLOv1Head(Head):
         raw = outputs.boxes.float()
         off_BNP = (raw[..., :4] - wanted).square().sum(-1)
         unsure_BNP = (raw[..., 4] - overlap_BNP).square()
-        empty_BNP = (1 - answers_BNP) * (full_BN | (ignored_BN == 0))[..., None]
+        empty_BNP = (1 - answers_BNP) * (1 - spared_BNP)
         label_BN1 = targets.labels.gather(1, object_BN).clamp(min=0)[..., None]
         classes = outputs.classes.float()
         wrong_BN = (classes - torch.zeros_like(classes).scatter(2, label_BN1, 1.0)).square().sum(-1)
