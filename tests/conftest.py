@@ -19,7 +19,7 @@ settings.load_profile("detkit")
 
 # In CI, which has the groceries but no GPU and not the extras mlflow and wandb, a test that is skipped for any other
 # reason has failed.
-EXPECTED_SKIPS = ("needs a GPU", "needs ray", "needs mlflow", "needs wandb")
+EXPECTED_SKIPS = ("needs a GPU", "needs mlflow", "needs wandb")
 
 
 @pytest.hookimpl(wrapper=True)

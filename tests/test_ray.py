@@ -1,6 +1,5 @@
 """deploy/ray/predict.py on a Ray of its own, beside `detkit predict`."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +10,7 @@ from PIL import Image
 
 from tests.runtime.conftest import make_model as make_model
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray"),
-]
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parent.parent / "deploy" / "ray" / "predict.py"
 
 
