@@ -283,6 +283,7 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="write the figur
 MarkdownOption = Annotated[Path | None, typer.Option("--md", help="the same as Markdown")]
 HtmlOption = Annotated[Path | None, typer.Option(help="write a page with plots and photos to this file")]
 ResamplesOption = Annotated[int, typer.Option(min=0, help="of the photos, for 95 % intervals; 0: none")]
+SpeedOption = Annotated[bool, typer.Option("--speed/--no-speed", help="measure latency and throughput too")]
 MeasuredFormat = Annotated[
     FileFormat | None, typer.Option("--format", help="what DATA's annotations are written in; default: as the run's")
 ]
@@ -306,6 +307,7 @@ def evaluate(
         Path | None, typer.Option(help="a new folder for VOC XML of photos whose labels may be wrong")
     ] = None,
     resamples: ResamplesOption = 1000,
+    speed: SpeedOption = True,
     nms: NmsOption = "hard",
 ) -> None:
     """Measure a detector: AP, counts, thresholds, kinds of error, speed."""
@@ -313,7 +315,8 @@ def evaluate(
     from detkit.sources import Where
 
     where = Where(data, split, file_format, ids, class_agnostic, device, nms)
-    assess.run(model, where, _console(), assess.Files(json_file, markdown, html, suspects), resamples=resamples)
+    files = assess.Files(json_file, markdown, html, suspects)
+    assess.run(model, where, _console(), files, resamples=resamples, timed=speed)
 
 
 @app.command()
@@ -329,6 +332,7 @@ def compare(
     markdown: MarkdownOption = None,
     html: HtmlOption = None,
     resamples: Annotated[int, typer.Option(min=100, help="of the photos, for intervals and p")] = 1000,
+    speed: SpeedOption = True,
 ) -> None:
     """Set detectors side by side on the same photos, and say whether each is better than the first."""
     from detkit import assess
@@ -336,7 +340,7 @@ def compare(
 
     where = Where(data, split, file_format, ids, device=device)
     files = assess.Files(json_file, markdown, html)
-    assess.compare(models, where, _console(), files, resamples=resamples, figure=figure)
+    assess.compare(models, where, _console(), files, resamples=resamples, figure=figure, timed=speed)
 
 
 @app.command()
