@@ -4,6 +4,7 @@
     python benchmarks/inference.py stages RUN [RUN ...]            decode, resize, network, NMS and mapping, one by one
     python benchmarks/inference.py ultralytics RUN PYTHON          a small detector against Ultralytics' ONNX path
     python benchmarks/inference.py start RUN                       from the start of the process to the first detection
+    python benchmarks/inference.py folder MODEL.onnx               detkit predict on 2,000 photos, against its parts
 
 RUN is a trained run's folder: with random weights there would be nothing, or everything, to find. PYTHON is one that
 has Ultralytics, in an environment of its own: detkit needs nothing of it. RUN@480x640 is the run on another canvas,
@@ -20,8 +21,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +32,12 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+import psutil
 import torch
 import typer
 from PIL import Image
 from report import console, interleaved, save
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import decode_jpeg
 from train_step import RCNN, SSD, Reference
@@ -42,6 +47,7 @@ from detkit.data import synth
 from detkit.manifest import KEY
 from detkit.nn import weights
 from detkit.nn.detector import Predictor
+from detkit.runtime import predict
 from detkit.runtime.session import INPUT, OUTPUTS, Session, detections
 
 HW = (480, 640)
@@ -366,6 +372,98 @@ def ultralytics(run: str, python: str, model: str = "yolo26n.yaml", threads: int
 
 
 # --- start ------------------------------------------------------------------------------------------------------------
+
+
+class _Memory(threading.Thread):
+    """This process' memory, in MB, every half second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.seen: list[float] = []
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        process = psutil.Process()
+        while not self._done.wait(0.5):
+            self.seen.append(process.memory_info().rss / 1e6)
+
+    def __enter__(self) -> list[float]:
+        self.start()
+        return self.seen
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self.join()
+
+
+@app.command()
+def folder(
+    model: Path, photos: int = 2000, width: int = 1280, jobs: int = os.cpu_count() or 1, rounds: int = 5
+) -> None:
+    """A folder of large photos, read, detected in and recorded, against decoding and detecting alone."""
+    session = Session(model, "cpu", 1)
+    share = photos // rounds
+    taken: dict[str, list[float]] = {"decoding": [], "network": [], "canvas": [], "folder": []}
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
+        made = Path(scratch) / "made"
+        synth.synthesise(made, train=min(photos, 50), val=0, size=(width, width * 3 // 4), seed=0, workers=jobs)
+        contents = [path.read_bytes() for path in sorted(made.rglob("*.jpg"))]
+        parts: list[list[Path]] = []
+        for part in range(rounds):
+            (Path(scratch) / str(part)).mkdir()
+            parts.append([Path(scratch) / str(part) / f"{number:04d}.jpg" for number in range(share)])
+            for number, path in enumerate(parts[-1]):
+                path.write_bytes(contents[number % len(contents)])
+        images = [imaging.decode(path) for path in parts[0][:32]]
+        canvases = [_batch(session, content)[1] for content in contents[:32]]
+
+        def clocked(what: str, work: Callable[[], object], count: int = share) -> None:
+            start = time.perf_counter()
+            work()
+            taken[what].append((time.perf_counter() - start) / count)
+
+        def detected() -> None:
+            list(pool.map(lambda number: session.detect([images[number % len(images)]]), range(share)))
+
+        quiet, job = Console(quiet=True), predict.Output("jsonl")
+        predict.predict(session, parts[0][:32], Path(scratch) / "warm", job, jobs=jobs, console=quiet)
+        with _Memory() as memory:
+            for number, part in enumerate(parts):
+                out = Path(scratch) / f"out{number}"
+                clocked("decoding", lambda part=part: list(pool.map(imaging.decode, part)))
+                clocked("network", detected)
+                clocked("canvas", lambda: list(pool.map(lambda i: session.run(canvases[i % 32]), range(share))))
+                clocked(
+                    "folder",
+                    lambda part=part, out=out: predict.predict(session, part, out, job, jobs=jobs, console=quiet),
+                )
+    ratios = [
+        (decode + network) / whole
+        for decode, network, whole in zip(taken["decoding"], taken["network"], taken["folder"], strict=True)
+    ]
+    bare = statistics.median(
+        (decode + canvas) / whole
+        for decode, canvas, whole in zip(taken["decoding"], taken["canvas"], taken["folder"], strict=True)
+    )
+    words = {
+        "decoding": "decoding alone",
+        "network": "Session.detect alone (resizing, network, NMS)",
+        "canvas": "of it the network and NMS, on canvases made before",
+        "folder": "detkit predict",
+    }
+    rows = [
+        {"what": words[what], "photos a second": f"{1 / statistics.median(times):.1f}"} for what, times in taken.items()
+    ]
+    fifth = max(1, len(memory) // 5)
+    first, last = statistics.median(memory[:fifth]), statistics.median(memory[-fifth:])
+    note = (
+        f"{photos} photos of {width} x {width * 3 // 4} (made up) through {model.name}, {jobs} threads of one each, in "
+        f"{rounds} rounds in which all had their turn. Throughput over 1/(1/d + 1/n), d decoding and n Session.detect: "
+        f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); with n the network on canvases, so "
+        f"that resizing counts as overhead: {bare:.3f}. Memory, first fifth of the time and last: {first:.0f} and "
+        f"{last:.0f} MB."
+    )
+    save("inference", "folder", "A folder of large photos", note, rows)
 
 
 @app.command()

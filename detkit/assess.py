@@ -138,12 +138,13 @@ def run(
     files: Files | None = None,
     *,
     resamples: int = metrics.RESAMPLES,
+    timed: bool = True,
 ) -> dict[str, Any]:
     """``detkit eval``: print the figures of a run, a checkpoint, an .onnx file or detections in a file, on a split, and
-    write them where asked. Raises UserError."""
+    write them where asked. timed: its speed too. Raises UserError."""
     files = files or Files()
     source = sources.measured(model, where, console)
-    found = assess(source, resamples=resamples, speeds=_speed(source, where))
+    found = assess(source, resamples=resamples, speeds=_speed(source, where) if timed else None)
     figures = found.figures
     console.print(table(figures, f"{source.path} on {source.root}, {source.split}"))
     console.print(*report.lines(figures), sep="\n", highlight=False, markup=False)
@@ -178,6 +179,7 @@ def compare(
     *,
     resamples: int = metrics.RESAMPLES,
     figure: str = "mAP",
+    timed: bool = True,
 ) -> dict[str, Any]:
     """``detkit compare``: models side by side on the same photos, and whether each is better than the first by
     `figure`, one of `SHARES`. Raises UserError where their classes or photos differ."""
@@ -190,7 +192,7 @@ def compare(
         if found and (source.names, source.classes) != (found[0].source.names, found[0].source.classes):
             first = found[0].source.path
             raise UserError(f"{source.path}: its photos or classes are not those of {first}; name a data set by --data")
-        found.append(assess(source, resamples=0, speeds=_speed(source, where)))
+        found.append(assess(source, resamples=0, speeds=_speed(source, where) if timed else None))
     drawn = metrics.resamples([each.model for each in found], resamples)
     for each, own in zip(found, drawn, strict=True):
         each.figures["intervals"] = metrics.intervals(own)

@@ -89,7 +89,14 @@ def write(source: Path, out: Path, decision: Decision) -> None:
     if source.suffix != ".onnx":
         trained = checkpoint.read(source)
         checkpoint.write(
-            out, trained.weights, trained.config, trained.classes, trained.epoch, trained.metrics, decision
+            out,
+            trained.weights,
+            trained.config,
+            trained.classes,
+            trained.epoch,
+            trained.metrics,
+            decision,
+            trained.photos,
         )
         return
     import onnx

@@ -25,7 +25,7 @@ from detkit import __version__, config, imaging
 from detkit.config import Data
 from detkit.errors import UserError
 from detkit.files import atomic_file, atomic_write
-from detkit.manifest import Decision, Manifest
+from detkit.manifest import Decision, Manifest, Photos
 from detkit.nn.detector import Detector, Predictor
 from detkit.runtime import merge
 from detkit.runtime.session import Raw, detect_with
@@ -50,7 +50,8 @@ def pick_device(wanted: config.Device) -> torch.device:
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A trained detector: the run's config, its classes, the weights, the epoch, the validation figures (none where the
-    run was stopped before it measured them), and which detections are shown (None: those from the best F1 on)."""
+    run was stopped before it measured them), which detections are shown (None: those from the best F1 on), and what it
+    was trained on (None: not said)."""
 
     path: Path
     config: config.Config
@@ -59,6 +60,7 @@ class Checkpoint:
     epoch: int
     metrics: dict[str, Any]
     decision: Decision | None = None
+    photos: Photos | None = None
 
     def without_nms(self) -> Checkpoint:
         """The same detector, which leaves its candidates as they are."""
@@ -93,6 +95,7 @@ class Checkpoint:
             decision=self.decision,
             nms=self.config.model.select,
             sha256=hashlib.sha256(self.path.read_bytes()).hexdigest(),
+            photos=self.photos,
             metrics={name: value for name, value in self.metrics.items() if name != "per_class"},
         )
 
@@ -135,6 +138,7 @@ def write(
     epoch: int,
     metrics: dict[str, Any],
     decision: Decision | None = None,
+    photos: Photos | None = None,
 ) -> None:
     """Write a checkpoint, atomically."""
     metadata = {
@@ -146,6 +150,8 @@ def write(
     }
     if decision:
         metadata["decision"] = decision.model_dump_json()
+    if photos:
+        metadata["photos"] = photos.model_dump_json()
     plain = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     atomic_write(path, save(plain, metadata | {"sha256": _digest(plain, metadata)}))
 
@@ -176,7 +182,8 @@ def read(path: Path) -> Checkpoint:
         classes = tuple(json.loads(metadata["classes"]))
         figures = json.loads(metadata["metrics"])
         decision = Decision.model_validate_json(metadata["decision"]) if "decision" in metadata else None
-        return Checkpoint(path, settings, classes, weights, int(metadata["epoch"]), figures, decision)
+        photos = Photos.model_validate_json(metadata["photos"]) if "photos" in metadata else None
+        return Checkpoint(path, settings, classes, weights, int(metadata["epoch"]), figures, decision, photos)
     except (KeyError, ValueError, TypeError, yaml.YAMLError):
         raise UserError(f"{path}: what it says of itself is damaged; take another checkpoint") from None
 

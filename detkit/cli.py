@@ -283,6 +283,7 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="write the figur
 MarkdownOption = Annotated[Path | None, typer.Option("--md", help="the same as Markdown")]
 HtmlOption = Annotated[Path | None, typer.Option(help="write a page with plots and photos to this file")]
 ResamplesOption = Annotated[int, typer.Option(min=0, help="of the photos, for 95 % intervals; 0: none")]
+SpeedOption = Annotated[bool, typer.Option("--speed/--no-speed", help="measure latency and throughput too")]
 MeasuredFormat = Annotated[
     FileFormat | None, typer.Option("--format", help="what DATA's annotations are written in; default: as the run's")
 ]
@@ -306,6 +307,7 @@ def evaluate(
         Path | None, typer.Option(help="a new folder for VOC XML of photos whose labels may be wrong")
     ] = None,
     resamples: ResamplesOption = 1000,
+    speed: SpeedOption = True,
     nms: NmsOption = "hard",
 ) -> None:
     """Measure a detector: AP, counts, thresholds, kinds of error, speed."""
@@ -313,7 +315,8 @@ def evaluate(
     from detkit.sources import Where
 
     where = Where(data, split, file_format, ids, class_agnostic, device, nms)
-    assess.run(model, where, _console(), assess.Files(json_file, markdown, html, suspects), resamples=resamples)
+    files = assess.Files(json_file, markdown, html, suspects)
+    assess.run(model, where, _console(), files, resamples=resamples, timed=speed)
 
 
 @app.command()
@@ -329,6 +332,7 @@ def compare(
     markdown: MarkdownOption = None,
     html: HtmlOption = None,
     resamples: Annotated[int, typer.Option(min=100, help="of the photos, for intervals and p")] = 1000,
+    speed: SpeedOption = True,
 ) -> None:
     """Set detectors side by side on the same photos, and say whether each is better than the first."""
     from detkit import assess
@@ -336,7 +340,7 @@ def compare(
 
     where = Where(data, split, file_format, ids, device=device)
     files = assess.Files(json_file, markdown, html)
-    assess.compare(models, where, _console(), files, resamples=resamples, figure=figure)
+    assess.compare(models, where, _console(), files, resamples=resamples, figure=figure, timed=speed)
 
 
 @app.command()
@@ -386,48 +390,126 @@ def explain(
 
 @app.command()
 def predict(
-    photos: Annotated[list[str], typer.Argument(help="photos, folders, globs")],
+    photos: Annotated[
+        list[str] | None,
+        typer.Argument(help="photos, folders, globs; or one video file, URL, or camera:0 (needs the extra video)"),
+    ] = None,
     model: ModelOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="a new folder; default: predictions/<n>")] = None,
     file_format: Annotated[
-        Literal["json", "voc"], typer.Option("--format", help="what is written beside the pictures")
+        Literal["json", "voc", "yolo", "jsonl", "coco", "csv"],
+        typer.Option("--format", help="json, voc, yolo: a file a photo; jsonl, coco, csv: one for all"),
     ] = "json",
+    pictures: Annotated[
+        bool | None, typer.Option(help="photos with their boxes drawn; default: with a file a photo")
+    ] = None,
+    count: Annotated[bool, typer.Option("--count", help="products per class per photo, and counts.csv")] = False,
+    tiles: Annotated[
+        str | None,
+        typer.Option(
+            help="look at large photos in tiles of 640 or 640x480 pixels of theirs; auto: as large as those "
+            "trained on; default: off, but auto for a model trained on tiles"
+        ),
+    ] = None,
+    overlap: Annotated[
+        int | None, typer.Option(min=0, help="longest side, in pixels, of products that tiles are to show whole")
+    ] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="look at each photo mirrored as well, and fuse")] = False,
     score: Annotated[float | None, typer.Option(min=0, max=1, help="lowest score shown; default: the model's")] = None,
     device: Annotated[
         RuntimeDevice,
         typer.Option(help="where the network runs; tensorrt, openvino, coreml and directml are for .onnx files"),
     ] = "auto",
-    threads: Annotated[int, typer.Option(min=0, help="of the network on the CPU; 0: one a core")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, help="of the network on the CPU; 0: one a core, or, of many photos, one a photo")
+    ] = 0,
     nms: NmsOption = "hard",
+    resume: Annotated[Path | None, typer.Option(help="go on in this folder of results")] = None,
     url: Annotated[
         str | None, typer.Option(help="a model server's (detkit serve): --model is a name there, or left out")
     ] = None,
 ) -> None:
-    """Find the products in photos: a table, annotated pictures, and JSON or VOC XML."""
-    detector = _detector(model, device, threads, nms) if url is None else _remote(url, model)
+    """Find the products in photos: a table, annotated pictures, and files in six formats; or in a video."""
     from detkit.runtime import predict as job
+    from detkit.runtime import tiles as tiling
+    from detkit.runtime import video
 
-    failures = job.predict(detector, photos, out, format=file_format, score=score, console=_console())
+    films = [name for name in photos or () if video.is_video(name)]
+    if resume:
+        asked = job.read_job(resume)
+    elif not photos:
+        raise UserError("name photos, folders or glob patterns; or --resume OUT, to go on with what was stopped")
+    elif films and (len(photos) > 1 or file_format not in ("json", "jsonl")):
+        raise UserError(f"{films[0]}: a video is looked at by itself, and what is found is written as JSON lines")
+    else:
+        asked = job.Job(
+            photos=tuple(photos),
+            folder=str(Path.cwd()),
+            model=_found(model) if url is None else model or "",
+            url=url,
+            format=file_format,
+            pictures=pictures,
+            counts=count,
+            score=score,
+            nms=nms,
+            flip=flip,
+        )
+    if asked.url is None and not asked.model.endswith(".onnx"):
+        _for_torch(device)  # told before photos are looked for
+    many = not films and len(job.expand(asked.photos)) > job.MANY
+    jobs = 1
+    if many and threads == 0 and device in ("auto", "cpu") and asked.model.endswith(".onnx"):
+        threads, jobs = 1, os.cpu_count() or 1
+    detector = _remote(asked.url, asked.model) if asked.url else _detector(asked.model, device, threads, asked.nms)
+    if getattr(detector, "device", "") != "cpu":
+        jobs = 1
+    if resume and asked.sha256 != detector.manifest.sha256:
+        raise UserError(f"{resume}: was begun with another model than {asked.model} is now; begin anew with --out")
+    if not resume:
+        looks = tiling.chosen(tiles, overlap, detector.manifest, asked.model)
+        asked = asked.model_copy(update={"sha256": detector.manifest.sha256, "tiles": looks})
+    if films:
+        looking, drawn = asked.views(detector), pictures is not False
+        video.predict(looking, films[0], out, score=score, pictures=drawn, console=_console())
+        return
+    failures = job.predict(
+        asked.views(detector), asked.photos, resume or out, asked.output,
+        score=asked.score, jobs=jobs, asked=asked, console=_console(),
+    )  # fmt: skip
     raise typer.Exit(1 if failures else 0)
 
 
-def _detector(model: str | None, device: RuntimeDevice, threads: int, nms: Nms) -> Detector:
-    """What `detkit predict` runs: a Session for an .onnx file (torch-free), else a checkpoint under torch."""
+def _found(model: str | None) -> str:
+    """The file that `--model` means."""
     if model is not None and Path(model).suffix == ".onnx":
+        return model
+    from detkit import checkpoint
+
+    return str(checkpoint.find(model))
+
+
+def _detector(model: str, device: RuntimeDevice, threads: int, nms: Nms) -> Detector:
+    """What `detkit predict` runs: a Session for an .onnx file (torch-free), else a checkpoint under torch."""
+    if Path(model).suffix == ".onnx":
         from detkit.runtime.session import Session
 
         return Session(model, device, threads, nms)
-    if device not in ("auto", "cpu", "cuda", "mps"):
-        raise UserError(f"--device {device}: is for ONNX files; write one with  detkit export  first")
     from detkit import checkpoint
 
-    return checkpoint.TorchSession(checkpoint.find(model), device, nms, threads)
+    return checkpoint.TorchSession(Path(model), _for_torch(device), nms, threads)
+
+
+def _for_torch(device: RuntimeDevice) -> Device:
+    """The device, where torch knows it. Raises UserError."""
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise UserError(f"--device {device}: is for ONNX files; write one with  detkit export  first")
+    return device
 
 
 def _remote(url: str, model: str | None) -> Detector:
     from detkit.client import Client, Remote
 
-    return Remote(Client(url), model)
+    return Remote(Client(url), model or None)
 
 
 @app.command()
@@ -799,6 +881,10 @@ def show(
     settings = config.load(config_name) if config_name else None
     console = _console()
     dataset = cache.load_split(_data(path, settings, unlabelled=unlabelled, format=file_format), split, console)
+    if settings and (augmented or only):
+        from detkit.data import tiles
+
+        dataset = tiles.cut(dataset, settings.input.tiles)
     index = job.choose(dataset, count, class_name, seed)
     with counting(console, "drawing") as progress:
         if settings and (augmented or only):
@@ -807,6 +893,32 @@ def show(
             pictures = job.photos(dataset, index, job.WIDTH // columns, progress)
     job.write(pictures, columns, out)
     console.print(f"{out}: {len(index)} of {len(dataset)} photos", markup=False, highlight=False)
+
+
+@data_app.command()
+def diff(
+    path: Annotated[Path, typer.Argument(help="the data set's folder")],
+    detections: Annotated[
+        Path, typer.Argument(help="a folder of  detkit predict --format jsonl , JSON lines, or COCO results")
+    ],
+    split: Annotated[str, typer.Option(help="which photos; 'all': every one that the detections are of")] = "all",
+    score: Annotated[float, typer.Option(min=0, max=1, help="lowest score that counts")] = 0.0,
+    iou: Annotated[float, typer.Option(min=0.05, max=1, help="overlap from which two boxes are one object")] = 0.5,
+    ids: Annotated[Path | None, typer.Option(help="the COCO annotations that the results' ids are of")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write every difference to this file")] = None,
+    xml: Annotated[
+        Path | None, typer.Option(help="a new folder for XML of the photos that differ, to be mended in LabelImg")
+    ] = None,
+    unlabelled: UnlabelledOption = "negative",
+    file_format: FormatOption = None,
+) -> None:
+    """Compare detections with the labels that are there: matched, of another class, missed, and extra."""
+    from detkit import difference
+
+    data = _data(path, None, unlabelled=unlabelled, format=file_format)
+    difference.run(
+        data, detections, _console(), split=split, score=score, iou=iou, ids=ids, json_file=json_file, xml=xml
+    )
 
 
 @data_app.command("cache")

@@ -59,6 +59,15 @@ class Data(Settings):
     cache: Path | None = Field(None, description="folder of the pickle cache; default ROOT/.detkit-cache")
 
 
+class Tiles(Settings):
+    """Parts of photos that are looked at one by one."""
+
+    size: tuple[PositiveInt, PositiveInt] = Field(description="height and width of a tile in pixels of the photo")
+    overlap: int = Field(
+        ge=0, description="longest side in pixels of objects that are whole in some tile; longer ones: whole photos"
+    )
+
+
 class Input(Settings):
     """The canvas the network sees."""
 
@@ -66,6 +75,9 @@ class Input(Settings):
     resize: Rule = Field("stretch", description="how a photo is fitted to the canvas")
     mean: Triple = Field((0.485, 0.456, 0.406), description="RGB mean, of values in 0..1")
     std: Triple = Field((0.229, 0.224, 0.225), description="RGB standard deviation, of values in 0..1")
+    tiles: Tiles | None = Field(
+        None, description="train on tiles of photos, for dense shelves in large ones; eval joins what is found in them"
+    )
 
 
 class Augment(Settings):
@@ -338,11 +350,22 @@ class Select(Settings):
     agnostic: bool = Field(False, description="NMS: or a better one of any class")
     candidates: PositiveInt = Field(1000, description="best (box, class) pairs of an image that reach NMS")
     keep: PositiveInt = Field(200, description="most detections an image")
+    follow: bool = Field(
+        True, description="training raises keep and candidates to what its densest photo needs; false: they are as set"
+    )
 
     @property
     def room(self) -> int:
         """Most boxes of an image that leave the network."""
         return self.candidates if self.nms == "none" else self.keep
+
+    def raised(self, most: int) -> Select:
+        """With room for photos of `most` objects, if it follows: twice as many boxes, and five times those before NMS,
+        as 1000 are for 200. Never less room than there is."""
+        if not self.follow:
+            return self
+        keep = max(self.keep, 2 * most)
+        return self.model_copy(update={"keep": keep, "candidates": max(self.candidates, 10 * most)})
 
 
 class Model(Settings):

@@ -32,6 +32,7 @@ _EXTRAS = {
     "httpx2": "client",
     **dict.fromkeys(("fastapi", "grpc", "h11", "prometheus_client", "python_multipart", "uvicorn"), "serve"),
     **{name: name for name in ("mlflow", "timm", "wandb")},
+    **dict.fromkeys(("av", "edgefirst"), "video"),
     **dict.fromkeys(("filelock", "optuna"), "tune"),
     **dict.fromkeys(
         (

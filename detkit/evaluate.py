@@ -87,7 +87,7 @@ def detect(
     if not distributed.is_first():
         return []
     whole = {index: each for part in parts for index, each in part.items()}
-    return [whole[index] for index in sorted(whole)]
+    return loader.samples.joined([whole[index] for index in sorted(whole)], predictor.rule)
 
 
 def evaluate(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from detkit import __version__, checkpoint
 from detkit.console import counting
-from detkit.data import cache
+from detkit.data import cache, tiles
 from detkit.data.labels import DataSet
 from detkit.errors import UserError
 from detkit.files import atomic_write
@@ -314,6 +314,7 @@ def _ground(trained: checkpoint.Checkpoint, root: Path | None, manifest: Manifes
     if dataset.classes != trained.classes:
         difference = checkpoint.class_difference(dataset.classes, trained.classes)
         raise UserError(f"{data.root}: its classes are not those of {trained.path}: {difference}")
+    dataset = tiles.cut(dataset, trained.config.input.tiles)
     index = _spread(len(dataset), most)
     return _Ground(dataset, index, [real(dataset, index, manifest), *odd(manifest)])
 
@@ -428,7 +429,7 @@ def _coarser(
 def _calibration(trained: checkpoint.Checkpoint, root: Path | None, manifest: Manifest) -> Iterator[NDArray[np.uint8]]:
     """Photos of the training split on the canvas."""
     data = trained.data(root)
-    dataset = cache.load(data, data.train)
+    dataset = tiles.cut(cache.load(data, data.train), trained.config.input.tiles)
     series = real(dataset, _spread(len(dataset), CALIBRATION), manifest)
     return (series.make(i).canvas for i in range(series.length))
 

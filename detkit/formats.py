@@ -94,3 +94,14 @@ def detections_dict(path: str | Path, found: Detections, classes: Sequence[str])
 def detections_json(path: str | Path, found: Detections, classes: Sequence[str]) -> str:
     """`detections_dict` as indented JSON text."""
     return json.dumps(detections_dict(path, found, classes), indent=1, ensure_ascii=False) + "\n"
+
+
+def detections_yolo(found: Detections) -> str:
+    """Detections as YOLO's text file: a line an object, class number, centre, width and height as shares of the photo,
+    and the score, as Ultralytics writes and reads it."""
+    height, width = found.hw
+    lines = []
+    for (x1, y1, x2, y2), score, label in zip(found.boxes.tolist(), found.scores, found.labels, strict=True):
+        shares = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
+        lines.append(f"{label} {' '.join(f'{share:.6f}' for share in shares)} {score:.4f}\n")
+    return "".join(lines)

@@ -18,10 +18,12 @@ SUFFIXES = (".json", ".jsonl")
 
 
 class Found(NamedTuple):
-    """One Detections a photo of the split; and what of the file was of no use, in words."""
+    """One Detections a photo of the split; what of the file was of no use, in words; and the places in the split of the
+    photos that the file names."""
 
     detections: list[Detections]
     remarks: list[str]
+    named: frozenset[int] = frozenset()
 
 
 class _Row(NamedTuple):
@@ -61,7 +63,8 @@ def read(path: Path, dataset: DataSet, ids: Path | None = None) -> Found:
         place = _place(photos[row.photo], places)
         if place is not None:
             of[place].append((row.box, row.score, known[name]))
-    missing = len(dataset) - len({_place(photos[photo], places) for photo in seen} - {None})
+    named = frozenset(place for photo in seen if (place := _place(photos[photo], places)) is not None)
+    missing = len(dataset) - len(named)
     remarks = []
     if strange and len(strange) == len(seen):
         advice = "; name the file that its ids are of by --ids" if coco and not ids else ""
@@ -74,7 +77,7 @@ def read(path: Path, dataset: DataSet, ids: Path | None = None) -> Found:
         remarks.append(
             f"{path}: says nothing of {missing} of the {len(dataset)} photos; they count as without detections"
         )
-    return Found([_detections(each, dataset, place) for place, each in enumerate(of)], remarks)
+    return Found([_detections(each, dataset, place) for place, each in enumerate(of)], remarks, named)
 
 
 def _entries(path: Path) -> list[Any]:
@@ -101,6 +104,8 @@ def _of_photos(entries: Iterable[Mapping[str, Any]]) -> tuple[list[Any], list[_R
     photos: list[Any] = []
     rows = []
     for entry in entries:
+        if "error" in entry:  # a photo that could not be read
+            continue
         photos.append(_plain(entry["image"]))
         for each in entry["detections"]:
             x1, y1, x2, y2 = map(finite, each["box"])

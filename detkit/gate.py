@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from detkit import config, geometry, imagegraph, imaging, metrics
+from detkit.data import tiles
 from detkit.data.labels import DataSet
 from detkit.geometry import ResizePlan
 from detkit.manifest import Manifest
@@ -72,7 +73,7 @@ def real(dataset: DataSet, index: Sequence[int], manifest: Manifest) -> Series:
     """Those photos of a data set."""
 
     def make(i: int) -> Photo:
-        return photo(imaging.decode(dataset[index[i]].path), manifest)
+        return photo(tiles.image(dataset, index[i]), manifest)
 
     return Series("validation photos", len(index), make, BATCHES)
 

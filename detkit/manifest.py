@@ -7,7 +7,16 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from detkit.config import Select, Share, Triple
 from detkit.errors import UserError
@@ -34,6 +43,19 @@ class Golden(BaseModel):
     boxes: tuple[tuple[float, float, float, float], ...] = Field(description="in pixels of the photo")
     scores: tuple[Share, ...] = Field(description="best first")
     labels: tuple[int, ...]
+
+
+class Photos(BaseModel):
+    """The photos that a detector was trained on, as far as it tells how to look at others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: tuple[PositiveInt, PositiveInt] = Field(description="their median height and width, or those of the tiles")
+    side: NonNegativeFloat = Field(
+        description="99th percentile of objects' longer sides in pixels; or the tiles' overlap"
+    )
+    most: int = Field(ge=0, description="objects in the densest of them")
+    tiled: bool = Field(False, description="whether they were looked at in tiles")
 
 
 class Decision(BaseModel):
@@ -74,6 +96,7 @@ class Manifest(BaseModel):
     decision: Decision | None = Field(None, description="which detections are shown; none: those from `score` on")
     nms: Select = Field(description="how the graph selects its boxes")
     sha256: str = Field("", description="digest of the checkpoint that was exported")
+    photos: Photos | None = Field(None, description="what it was trained on")
     metrics: dict[str, JsonValue] = Field(default_factory=dict, description="validation figures of the checkpoint")
     golden: tuple[Golden, ...] = Field((), description="what `detkit verify` repeats")
 

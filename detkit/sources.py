@@ -18,7 +18,7 @@ from detkit.data.labels import DataSet
 from detkit.errors import UserError
 from detkit.manifest import Decision, Manifest
 from detkit.matches import Pool
-from detkit.runtime import merge
+from detkit.runtime import merge, tiles
 from detkit.runtime.predict import Detector
 from detkit.runtime.session import Session
 from detkit.types import Detections, Record
@@ -122,10 +122,12 @@ def _from_onnx(path: Path, where: Where, console: Console) -> Source:
     dataset, split = _split(_named(where, path), where, console)
     _same_classes(dataset, session.classes, path)
     detections: list[Detections] = []
+    looks = tiles.chosen(None, None, session.manifest, str(path))
+    detector = tiles.Tiled(session, looks) if looks else session
     with counting(console, "evaluating") as progress:
         for start in range(0, len(dataset), BATCH):
             places = range(start, min(start + BATCH, len(dataset)))
-            detections += session.detect([imaging.decode(dataset[i].path) for i in places])
+            detections += detector.detect([imaging.decode(dataset[i].path) for i in places])
             progress(len(detections), len(dataset))
     return _source(path, dataset, split, detections, where, session.manifest)
 

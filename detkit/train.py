@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from detkit import checkpoint, config, distributed, guards, loggers, watch
 from detkit.checkpoint import pick_device
 from detkit.console import bar, counting, duration
-from detkit.data import cache, findings, pixels, stats
+from detkit.data import cache, findings, pixels, stats, tiles
 from detkit.data.batch import Loader, Part, repeat_factors
 from detkit.data.dataset import EvalSet, TrainSet
 from detkit.data.labels import DataSet
@@ -121,6 +121,13 @@ class Run:
                 self.train_data = self.val_data = _spread(self.train_data, cfg.overfit)
             else:
                 self.val_data = cache.load_split(settings.data, settings.data.val, console)
+        # From here on, where tiles are set, the training photos are these.
+        self.train_data = tiles.cut(self.train_data, settings.input.tiles)
+        self.photos = stats.photos(self.train_data, settings.input.tiles)
+        model = settings.model
+        self.settings = settings = settings.model_copy(
+            update={"model": model.model_copy(update={"select": model.select.raised(self.photos.most)})}
+        )
         self.classes = self.train_data.classes
         torch.manual_seed(cfg.seed)
         self.detector = Detector(settings.model, settings.input, len(self.classes))
@@ -481,7 +488,9 @@ class Run:
         if distributed.is_first():
             weights_now = self.predictor.detector.state_dict()
             epochs = self.epoch + (self.step_in_epoch == self.epoch_steps)
-            checkpoint.write(self.folder / name, weights_now, self.settings, self.classes, epochs, figures)
+            checkpoint.write(
+                self.folder / name, weights_now, self.settings, self.classes, epochs, figures, photos=self.photos
+            )
 
 
 def _fetch(batches: Iterator[Batch], pieces: int) -> tuple[list[Batch], str | None]:
@@ -569,6 +578,28 @@ def _few(run: Run) -> str | None:
     )
 
 
+def _cut(run: Run) -> str | None:
+    """What to say of tiles."""
+    parts = run.train_data.parts
+    if parts is None:
+        return None
+    return (
+        f"input.tiles: {len(np.unique(parts.photos))} photos are looked at in {len(run.train_data)} parts; evaluation "
+        "joins what is found in them"
+    )
+
+
+def _raised(run: Run, settings: config.Config) -> str | None:
+    """What to say where there is room for more boxes than `settings` have."""
+    before, now = settings.model.select, run.settings.model.select
+    if before == now:
+        return None
+    return (
+        f"model.select: keep {now.keep} (was {before.keep}) and candidates {now.candidates} (was {before.candidates}), "
+        f"for the densest training {'tile' if run.photos.tiled else 'photo'} shows {run.photos.most} objects"
+    )
+
+
 def _connected(settings: config.Config) -> AbstractContextManager[None]:
     return distributed.group(pick_device(settings.train.device), settings.train.timeout)
 
@@ -607,10 +638,13 @@ def _start(settings: config.Config, console: Console, ends: float, judge: Judge 
     for said in (remark(run), _slow_precision(run), _few(run)):
         if said:
             console.print(said, highlight=False, style="yellow")
+    for said in (_cut(run), _raised(run, settings)):
+        if said:
+            console.print(said, highlight=False)
     with distributed.joint():
         if distributed.is_first():
             run.folder = next_folder(settings.runs / f"{settings.name}-")
-            atomic_write(run.folder / "config.yaml", config.dump(settings))
+            atomic_write(run.folder / "config.yaml", config.dump(run.settings))
             atomic_write(run.folder / loggers.CLASSES, watch.objects(train=run.train_data, val=run.val_data))
             findings.write(run.folder / "findings.jsonl", (*run.train_data.findings, *run.val_data.findings))
             run.save_state()

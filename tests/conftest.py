@@ -22,6 +22,12 @@ settings.load_profile("detkit")
 EXPECTED_SKIPS = ("needs a GPU", "needs mlflow", "needs wandb")
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """With --dist loadgroup the tests of a module, which share fixtures, go to one process, unless a test says not."""
+    if isinstance(item, pytest.Function) and not item.get_closest_marker("xdist_group"):
+        item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield

@@ -180,22 +180,26 @@ def trained(tmp_path_factory):
     return folder / "runs" / "ssd_shelf-1"
 
 
+@pytest.fixture(scope="module")
+def exported(trained):
+    """Its ONNX file."""
+    cli_ok("export", trained)
+    return trained / "best.onnx"
+
+
 def cli_ok(*words):
     with pytest.raises(SystemExit) as stop:
         cli.main([str(word) for word in words])
     assert not stop.value.code
 
 
-def test_export_and_predict_agree_with_the_checkpoint(trained, tmp_path, run):
-    code, out, err = run("export", trained)
-    assert code == 0, err
-    assert "agree" in out
-    model = trained / "best.onnx"
+def test_export_and_predict_agree_with_the_checkpoint(trained, exported, tmp_path, run):
+    model = exported
     photos = sorted((SHELF / "JPEGImages").iterdir())[:3]
     names = (SHELF / "classes.txt").read_text(encoding="utf-8").split()
     results = {}
     for name, source in (("torch", trained), ("onnx", model)):
-        code, out, err = run("predict", *photos, "--model", source, "--out", tmp_path / name, "--score", "0")
+        code, _, err = run("predict", *photos, "--model", source, "--out", tmp_path / name, "--score", "0")
         assert code == 0, err
         files = sorted((tmp_path / name).glob("*.json"))
         assert [file.stem for file in files] == [photo.stem for photo in photos]
@@ -231,7 +235,7 @@ def test_merging_after_the_network(trained, tmp_path, run):
     assert len(found[without, "hard"]) == pytest.approx(len(found[trained, "hard"]), abs=3)
     figures = {}
     for nms in ("hard", "soft", "weighted"):
-        code, _, err = run("eval", trained, "--nms", nms, "--json", tmp_path / f"{nms}.json")
+        code, _, err = run("eval", trained, "--no-speed", "--nms", nms, "--json", tmp_path / f"{nms}.json")
         assert code == 0, err
         figures[nms] = json.loads((tmp_path / f"{nms}.json").read_text(encoding="utf-8"))["mAP50"]
     assert len(set(figures.values())) > 1
@@ -269,7 +273,7 @@ def test_eval_repeats_the_figures_of_training(trained, tmp_path, run):
 def test_a_class_agnostic_eval_counts_what_is_found_under_a_wrong_name(trained, tmp_path, run):
     figures = []
     for words in ((), ("--class-agnostic",)):
-        code, out, err = run("eval", trained, "--json", tmp_path / "figures.json", *words)
+        code, out, err = run("eval", trained, "--no-speed", "--json", tmp_path / "figures.json", *words)
         assert code == 0, err
         figures.append(json.loads((tmp_path / "figures.json").read_text()))
     assert "any class" in out
@@ -294,14 +298,19 @@ def test_tools_predict_is_detkit_predict():
     assert "--model" in done.stdout
 
 
-def test_tools_predict_takes_a_run_and_an_onnx_file(trained, tmp_path):
-    cli_ok("export", trained, "--out", tmp_path / "m.onnx")
+def test_tools_predict_takes_a_run_and_an_onnx_file(trained, exported, tmp_path):
     photo = SHELF / "JPEGImages" / "shelf_00000.jpg"
-    for number, source in enumerate((trained, tmp_path / "m.onnx")):
+    for number, source in enumerate((trained, exported)):
         tool = [sys.executable, ROOT / "tools" / "predict.py", photo, "--model", source, "--threads", "1"]
         done = subprocess.run([*tool, "--out", str(number)], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / str(number) / "shelf_00000.json").exists()
+
+
+def test_a_video_is_looked_at_by_itself(trained, run, tmp_path):
+    one_line(run("predict", "a.mp4", "b.jpg", "--model", trained), "a.mp4", "by itself")
+    one_line(run("predict", "a.mp4", "--format", "voc", "--model", trained), "a.mp4", "JSON lines")
+    one_line(run("predict", tmp_path / "a.mp4", "--model", trained), "can't be opened as a video")
 
 
 def test_a_device_for_onnx_files_is_none_for_a_run(trained, run):
@@ -318,7 +327,9 @@ def test_any_format_is_trained_on_as_it_is(trained, run, tmp_path, name):
     assert "train: 24 photos, 629 objects, 16 classes" in out
     figures = []
     for root, how in ((data, name), (SHELF, "voc")):
-        code, _, err = run("eval", trained, "--data", root, "--format", how, "--json", tmp_path / "figures.json")
+        code, _, err = run(
+            "eval", trained, "--no-speed", "--data", root, "--format", how, "--json", tmp_path / "figures.json"
+        )
         assert code == 0, err
         figures.append(json.loads((tmp_path / "figures.json").read_text()))
     for figure in ("mAP", "mAP50", "VOC_AP50", "AR"):

@@ -122,7 +122,10 @@ def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def both(vgg: Path) -> list[Path]:
-    files, _ = exported(Plan(("canvas", "image")), vgg, vgg.parent / "out" / "shelf.onnx")
+    out = vgg.parent / "out"
+    out.mkdir()
+    (out / "shelf.refused.json").touch()  # of an earlier try
+    files, _ = exported(Plan(("canvas", "image")), vgg, out / "shelf.onnx")
     return files
 
 
@@ -383,10 +386,6 @@ def test_nothing_is_written_where_the_file_is_wrong(vgg: Path, monkeypatch: pyte
     assert first["wrong"] > 0
     assert report["photos that differ"]
     assert {*report["photos that differ"]} <= {f"{i}.jpg" for i in range(4)}
-    monkeypatch.undo()
-    exported(Plan(), vgg, out)
-    assert not out.with_suffix(".refused.json").exists()
-    assert out.with_suffix(".report.json").exists()
     assert str(vgg.parent) not in json.dumps(report)
 
 

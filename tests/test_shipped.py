@@ -27,7 +27,9 @@ SMALL = {
     "ssd_mobilenet": ["model.backbone.width=0.35", "model.neck.channels=16"],
     "ssd_resnet": ["model.backbone.name=resnet18", "model.neck.channels=16"],
     "ssd_shelf": ["model.backbone.width=0.35", "model.neck.channels=16"],
-    "ssd_vgg": ["model.backbone.name=vgg11", "input.size=[300, 300]", "train.batch_size=2"],
+    "ssd_vgg": ["model.backbone.name=vgg11", "input.size=[300, 300]", "train.batch_size=2",
+        "train.epochs=null", "train.iterations=3",
+    ],
     "yolo_nano": ["model.backbone.width=0.25", "model.neck.channels=16", "model.head.channels=16"],
     "yolo_resnet": ["model.backbone.name=resnet18", "model.neck.channels=16", "model.head.channels=16"],
     "yolo_v1_vgg": [
@@ -37,7 +39,8 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+# A test a process where there are several: together they take minutes.
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NAMES])
 def test_the_whole_way(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,7 +54,7 @@ def test_the_whole_way(
             str(config.shipped() / f"{name}.yaml"),
             *(word for item in own for word in ("--set", item)),
         ],
-        ["eval", "--json", "figures.json"],
+        ["eval", "--json", "figures.json", "--no-speed"],
         ["export", "--out", "model.onnx"],
         ["predict", *map(str, photos), "--out", "torch", "--score", "0"],
         ["predict", *map(str, photos), "--out", "onnx", "--score", "0", "--model", "model.onnx"],

@@ -9,9 +9,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from detkit import checkpoint, config, train
-from detkit.data import cache
+from detkit import checkpoint, config, evaluate, imaging, train
+from detkit.data import cache, synth
+from detkit.data.batch import Loader
+from detkit.data.dataset import EvalSet
 from detkit.errors import Interrupted, UserError
+from detkit.runtime import tiles
 from detkit.types import CROWD, DIFFICULT
 
 SHELF = Path(__file__).parent.parent / "datasets" / "shelf-mini"
@@ -193,3 +196,44 @@ def test_a_device_that_is_not_there_is_one_line(tmp_path):
         pytest.skip("this machine has CUDA")
     with pytest.raises(UserError, match="device cuda"):
         checkpoint.pick_device("cuda")
+
+
+def test_a_run_on_tiles_is_measured_as_it_is_to_be_used(tmp_path, console):
+    """Evaluation, which joins batches of tiles, finds what `detkit predict` finds by its own tiles."""
+    shelf = tmp_path / "shelf"
+    synth.synthesise(shelf, train=8, val=3, size=(320, 240), seed=0, workers=1)
+    cfg = settings(
+        tmp_path, f"data.root={shelf}", "input.tiles={size: [120, 160], overlap: 50}", "train.eval_every=1",
+        "train.cache=ram", "augment.mosaic=0.5", "model.select.score=0.001",
+    )  # fmt: skip
+    run = train.start(cfg, console)
+    assert config.load(run / "config.yaml").input.tiles == config.Tiles(size=(120, 160), overlap=50)
+    model = checkpoint.TorchSession(run / "best.safetensors", "cpu")
+    looks = tiles.chosen(None, None, model.manifest, "best")
+    assert looks == ((120, 160), 50)
+    dataset = cache.load(cfg.data, "val")
+    seen = tiles.Tiled(model, looks).detect([imaging.decode(dataset[i].path) for i in range(len(dataset))])
+    trained = checkpoint.read(run / "best.safetensors")
+    loader = Loader(EvalSet(dataset, cfg.input), 4, 0)
+    found = evaluate.detect(trained.predictor(), loader, torch.device("cpu"), console)
+    assert sum(map(len, seen)) > 20
+    for one, other in zip(seen, found, strict=True):
+        assert len(one) == len(other)
+        assert abs(one.scores - other.scores).max() < 1e-4
+        assert (abs(one.boxes - other.boxes) > 0.05).any(1).mean() < 0.01  # equal scores may come in another order
+
+
+def test_room_for_boxes_follows_the_densest_photo(tmp_path):
+    out = Console(file=io.StringIO(), width=300)
+    few = ("train.epochs=1", "model.select.keep=30", "model.select.candidates=60")
+    run = train.start(settings(tmp_path, *few), out)
+    kept = config.load(run / "config.yaml").model.select
+    trained = checkpoint.read(run / "last.safetensors")
+    assert trained.photos is not None
+    most = trained.photos.most
+    assert most > 30
+    assert (kept.keep, kept.candidates) == (2 * most, 10 * most)
+    assert trained.manifest().nms == kept
+    assert f"keep {2 * most} (was 30)" in out.file.getvalue()
+    assert config.Select(keep=900).raised(most).keep == 900  # never less than set
+    assert config.Select(keep=30, follow=False).raised(most).keep == 30

@@ -23,7 +23,7 @@ from detkit.errors import need
 _OVERLAPS = (1e-9, 0.1, 0.3, 0.5, 0.7, 0.9)
 _TRIALS = 50
 _SMALLEST_CROP = 0.3  # of the photo's side
-_LEFT = 0.25  # share of an object's area that must remain in a mosaic, in a pasted piece or under one
+_LEFT = 0.25  # share of an object's area that must remain in a mosaic, in a tile, in a pasted piece or under one
 _PIXELS = 4.0  # shortest side there, on the canvas
 _PASTED = 3  # most objects pasted from another photo
 RGB = tuple[int, int, int]
@@ -230,6 +230,14 @@ def blank(canvas: tuple[int, int], fill: RGB | None) -> Labelled:
     return Labelled(image, _NOTHING)
 
 
+def visible(boxes: Boxes, areas: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """bool [G]: which objects count still, of which these boxes [G, 4] are left, `areas` [G] being those of all of
+    them: at least a quarter of it, and no side under 4 pixels."""
+    sides = boxes[:, 2:] - boxes[:, :2]
+    kept: NDArray[np.bool_] = (sides.min(1, initial=np.inf) >= _PIXELS) & (sides.prod(1) >= _LEFT * areas)
+    return kept
+
+
 def lay(ground: Labelled, pixels: Pixels, objects: Objects, view: View, strict: bool = False) -> Labelled:
     """The view of a photo painted onto the ground's own image, its objects added to the ground's.
 
@@ -242,12 +250,12 @@ def lay(ground: Labelled, pixels: Pixels, objects: Objects, view: View, strict: 
     x1, y1, x2, y2 = view.place
     ground.image[y1:y2, x1:x2] = image
     boxes = view.to_canvas(objects.boxes)
-    sides = boxes[:, 2:] - boxes[:, :2]
-    keep = sides.min(1, initial=np.inf) > 0
     if strict:
         # Mapped, but not cut off.
         areas = (objects.boxes[:, 2:] - objects.boxes[:, :2]).prod(1) * (view.scale[0] * view.scale[1])
-        keep = (sides.min(1, initial=np.inf) >= _PIXELS) & (sides.prod(1) >= _LEFT * areas)
+        keep = visible(boxes, areas)
+    else:
+        keep = (boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf) > 0
     return Labelled(ground.image, joined(ground.objects, objects._replace(boxes=boxes).chosen(keep)))
 
 

@@ -170,6 +170,7 @@ class Loader:
         part: Part | None = None,
     ) -> None:
         self._order = _Order(len(samples), batch_size, seed, factors, part or Part())
+        self.samples = samples
         workers = min(workers, os.cpu_count() or 1)
         self._batches = DataLoader(
             _Guarded(samples),

@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detkit import geometry, imaging
-from detkit.config import Augment, Input
+from detkit.config import Augment, Input, Select
 from detkit.data import augment as changes
+from detkit.data import tiles
 from detkit.data.augment import Labelled, Objects
 from detkit.data.labels import DataSet
 from detkit.data.pixels import Files, Source
 from detkit.geometry import ResizePlan
-from detkit.types import CROWD, DIFFICULT, Record
+from detkit.types import CROWD, DIFFICULT, Detections, Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,13 @@ class Sample:
 
 
 class EvalSet:
-    """The photos of a split as they are, on the canvas of `settings`."""
+    """The photos of a split as they are, on the canvas of `settings`; or, where these say so, their tiles."""
 
     def __init__(self, dataset: DataSet, settings: Input) -> None:
-        self.dataset = dataset
+        self.dataset = tiles.cut(dataset, settings.tiles, every=True)
         self.input = settings
         self.fill = imaging.fill(settings.mean)
+        self._last = -1, np.zeros((0, 0, 3), np.uint8)  # the photo whose parts come now
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -61,8 +63,21 @@ class EvalSet:
         index = key if isinstance(key, int) else key.index
         record = self.dataset[index]
         plan = geometry.plan(record.hw, self.input.size, self.input.resize)
-        image = imaging.to_canvas(imaging.decode(record.path), plan, self.fill)
+        image = imaging.to_canvas(self._image(index, record.path), plan, self.fill)
         return _sample(Labelled(image, _objects(record)._replace(boxes=plan.to_canvas(record.boxes))), plan, index)
+
+    def _image(self, index: int, path: str) -> NDArray[np.uint8]:
+        parts = self.dataset.parts
+        if parts is None:
+            return imaging.decode(path)
+        if self._last[0] != parts.photos[index]:
+            self._last = int(parts.photos[index]), imaging.decode(path)
+        return tiles.window(self._last[1], parts, index)
+
+    def joined(self, found: list[Detections], rule: Select) -> list[Detections]:
+        """What was found in each sample, as what was found in each photo, by a detector of that rule."""
+        parts = self.dataset.parts
+        return tiles.joined(found, parts, self.input.tiles, rule) if parts and self.input.tiles else found
 
 
 def _objects(record: Record) -> Objects:
@@ -77,16 +92,16 @@ def _sample(photo: Labelled, plan: ResizePlan | None, index: int) -> Sample:
 class TrainSet(EvalSet):
     """The photos of a split, changed as `augment` says; what comes out depends on seed, epoch, index and repeat alone.
 
-    source: where pixels come from; default: the photos' files, JPEGs at a reduced scale where that is enough.
+    source: where the samples' pixels come from; default: the files, JPEGs at a reduced scale where that is enough.
     """
 
     def __init__(
         self, dataset: DataSet, settings: Input, augment: Augment, seed: int, source: Source | None = None
     ) -> None:
-        super().__init__(dataset, settings)
+        super().__init__(tiles.cut(dataset, settings.tiles), settings)
         self.augment = augment
         self.seed = seed
-        self.source = source or Files(dataset, reduced=True)
+        self.source = source or Files(self.dataset, reduced=True)
         if augment.colour:
             changes.jitter()  # what is not installed is told now, and forked workers need not import it each
 

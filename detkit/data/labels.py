@@ -209,12 +209,26 @@ def from_annotations(annotations: Sequence[Annotation | None]) -> Labels:
     return columns.labels()
 
 
+class Parts(NamedTuple):
+    """What parts of photos the rows of a DataSet are. photos: int64 [N], which photo. windows: int64 [N, 4], the part,
+    x1 y1 x2 y2 in its pixels. hw: int32 [N, 2], the whole photo's height and width."""
+
+    photos: NDArray[np.int64]
+    windows: NDArray[np.int64]
+    hw: NDArray[np.int32]
+
+    def take(self, rows: NDArray[np.int64]) -> Parts:
+        """Those of some rows."""
+        return Parts(self.photos[rows], self.windows[rows], self.hw[rows])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class DataSet:
     """The photos of one split: flat columns that processes share; a Record is made when asked for.
 
     paths: uint8, the photos' paths relative to `root`, UTF-8, joined; path_ends: int64 [N]. hw: int32 [N, 2].
-    boxes: float64 [M, 4]. labels: int32 [M]. flags: uint8 [M]. box_ends: int64 [N].
+    boxes: float64 [M, 4]. labels: int32 [M]. flags: uint8 [M]. box_ends: int64 [N]. parts: where the rows are parts of
+    photos (data.tiles), which; `hw` and `boxes` are the parts' own then.
     """
 
     root: str
@@ -227,6 +241,7 @@ class DataSet:
     flags: NDArray[np.uint8]
     box_ends: NDArray[np.int64]
     findings: tuple[Finding, ...]
+    parts: Parts | None = None
 
     def __len__(self) -> int:
         return len(self.path_ends)
@@ -248,6 +263,8 @@ class DataSet:
         digest = hashlib.sha256("\n".join(self.classes).encode())
         for column in (self.paths, self.path_ends, self.hw, self.boxes, self.labels, self.flags, self.box_ends):
             digest.update(np.ascontiguousarray(column).view(np.uint8).data)
+        if self.parts:
+            digest.update(self.parts.windows.tobytes())
         return digest.hexdigest()
 
     def take(self, rows: NDArray[np.int64]) -> DataSet:
@@ -257,7 +274,7 @@ class DataSet:
         columns = {name: getattr(self, name)[objects] for name in ("boxes", "labels", "flags")}
         return DataSet(
             self.root, self.classes, self.paths[letters], path_ends, self.hw[rows], **columns, box_ends=box_ends,
-            findings=self.findings,
+            findings=self.findings, parts=self.parts and self.parts.take(rows),
         )  # fmt: skip
 
     def name(self, index: int) -> str:

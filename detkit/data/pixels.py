@@ -101,9 +101,23 @@ class Files:
 
     def __call__(self, index: int, step: float) -> Pixels:
         """As `Source` says."""
-        height, width = self.dataset.hw[index].tolist()
+        parts = self.dataset.parts
+        height, width = (parts.hw if parts else self.dataset.hw)[index].tolist()
         path = os.path.join(self.dataset.root, self.dataset.name(index))  # noqa: PTH118 - as in DataSet
-        return decode(path, (height, width), step if self.reduced else 1.0)
+        whole = decode(path, (height, width), step if self.reduced else 1.0)
+        return part(whole, parts.windows[index].tolist()) if parts else whole
+
+
+def part(whole: Pixels, window: Sequence[int]) -> Pixels:
+    """What a window of the photo, x1 y1 x2 y2, shows, the extent in the window's own pixels."""
+    height, width = whole.image.shape[:2]
+    left, top, right, bottom = whole.extent
+    step_x, step_y = (right - left) / width, (bottom - top) / height
+    x1, y1 = math.floor((window[0] - left) / step_x + _SLACK), math.floor((window[1] - top) / step_y + _SLACK)
+    x2, y2 = math.ceil((window[2] - left) / step_x - _SLACK), math.ceil((window[3] - top) / step_y - _SLACK)
+    shown = np.array([left + x1 * step_x, top + y1 * step_y, left + x2 * step_x, top + y2 * step_y])
+    own: Window = tuple((shown - np.tile(window[:2], 2)).tolist())
+    return Pixels(whole.image[y1:y2, x1:x2], own)
 
 
 def decode(path: str, hw: tuple[int, int], step: float) -> Pixels:
@@ -292,7 +306,7 @@ def _key(files: Files, sizes: NDArray[np.int32]) -> bytes:
     """The digest of all that the pixels depend on."""
     dataset = files.dataset
     digest = hashlib.sha256(repr((_VERSION, files.reduced, len(sizes))).encode())
-    for column in (sizes, dataset.hw, dataset.path_ends, dataset.paths):
+    for column in (sizes, dataset.hw, dataset.path_ends, dataset.paths, *(dataset.parts or ())):
         digest.update(column.tobytes())
     for index in range(len(dataset)):
         with suppress(OSError):  # decoding says what is wrong

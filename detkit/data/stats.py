@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detkit import geometry
+from detkit.config import Tiles
 from detkit.data.labels import DataSet
 from detkit.errors import UserError, need
 from detkit.files import atomic_write
+from detkit.manifest import Photos
 from detkit.types import CROWD, DIFFICULT
 
 HEAT = 32  # cells of the heat map along each side
@@ -126,6 +128,18 @@ def usual_size(dataset: DataSet) -> tuple[int, int]:
 def measured(dataset: DataSet) -> NDArray[np.bool_]:
     """bool [M]: the objects that training learns from: neither difficult nor crowd."""
     return np.asarray((dataset.flags & (DIFFICULT | CROWD)) == 0)
+
+
+def photos(dataset: DataSet, tiles: Tiles | None = None) -> Photos:
+    """What an exported file says of the photos, or of their tiles, that it was trained on: median size, 99th percentile
+    of objects' longer sides, objects of the densest."""
+    learnt = measured(dataset)
+    sides = (dataset.boxes[learnt, 2:] - dataset.boxes[learnt, :2]).max(1, initial=0)
+    height, width = tiles.size if tiles else np.median(dataset.hw, axis=0).round().astype(int).tolist()
+    side = float(np.percentile(sides, 99)) if len(sides) else 1.0
+    most = int(np.diff(dataset.box_ends, prepend=0).max(initial=0))
+    overlap = tiles.overlap if tiles else round(side, 2)
+    return Photos(size=(height, width), side=overlap, most=most, tiled=bool(tiles))
 
 
 def collect(dataset: DataSet, name: str, canvas: tuple[int, int], resize: geometry.Rule) -> Stats:

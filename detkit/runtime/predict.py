@@ -4,34 +4,46 @@ from __future__ import annotations
 
 import glob
 import io
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from detkit import formats, imaging
 from detkit.console import bar
-from detkit.errors import UserError
+from detkit.errors import Interrupted, UserError
 from detkit.files import atomic_write, next_folder
 from detkit.manifest import Manifest
-from detkit.runtime import decide, render
+from detkit.runtime import decide, merge, render
+from detkit.runtime.record import FILES, Record, counts, lines, write
+from detkit.runtime.tiles import Flipped, Tiled, Tiling
 from detkit.types import Detections
 
 BATCH = 8  # photos held in memory at a time
 DETAILED = 5  # up to so many photos get a table each; more share one
 ROWS = 25  # of one photo's table
+MANY = 16  # photos from which each is a thread's, rather than each a matter of all threads
+JOB = "job.json"
 
 _FORMATS: dict[str, tuple[str, Callable[[Path, Detections, Sequence[str]], str]]] = {
     "json": (".json", formats.detections_json),
     "voc": (".xml", lambda photo, found, classes: formats.detections_voc(photo.name, found, classes)),
+    "yolo": (".txt", lambda _photo, found, _classes: formats.detections_yolo(found)),
 }
+FORMATS = (*_FORMATS, *FILES)
 
 
 class Detector(Protocol):
@@ -82,43 +94,233 @@ def _inside(folder: Path) -> list[Path]:
     )
 
 
+class Job(BaseModel):
+    """What `detkit predict` was asked for, kept beside a record so that it can be gone on with. folder: where it was
+    asked, which names of photos and of the model may depend on. url: of
+    the server that has the model. sha256: of the model's checkpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    photos: tuple[str, ...]
+    folder: str
+    model: str
+    url: str | None = None
+    sha256: str = ""
+    format: str = "json"
+    pictures: bool | None = None
+    counts: bool = False
+    score: float | None = None
+    nms: merge.Kind = "hard"
+    tiles: Tiling | None = None
+    flip: bool = False
+
+    @property
+    def output(self) -> Output:
+        """What is written."""
+        return Output(self.format, self.pictures, self.counts)
+
+    def views(self, detector: Detector) -> Detector:
+        """The detector, as it is to look at photos."""
+        if self.flip:
+            detector = Flipped(detector)
+        if self.tiles is None:
+            return detector
+        manifest, score = detector.manifest, self.score
+        return Tiled(detector, self.tiles, lambda found: decide.are_shown(found, manifest, score))
+
+
+def read_job(out: Path) -> Job:
+    """What was asked for in a folder of results. Raises UserError where it can't be gone on with from here."""
+    path = out / JOB
+    try:
+        job = Job.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"{out}: nothing to go on with: it has no {JOB} (only the formats {', '.join(FILES)}, or --count, keep one)"
+        ) from None
+    except (OSError, ValidationError) as error:
+        raise UserError(f"{path}: can't be read ({str(error).splitlines()[0]})") from None
+    if Path(job.folder) != Path.cwd():
+        raise UserError(f"{out}: was begun in {job.folder}: go on from there, for names of photos may depend on it")
+    return job
+
+
+class Output(NamedTuple):
+    """What is written. format: of `FORMATS`. pictures: whether each photo is written with its boxes drawn; None: with
+    the formats of a file a photo. counts: whether products are counted, in a table and counts.csv."""
+
+    format: str = "json"
+    pictures: bool | None = None
+    counts: bool = False
+
+    @property
+    def drawn(self) -> bool:
+        """Whether pictures are written."""
+        return self.format in _FORMATS if self.pictures is None else self.pictures
+
+    @property
+    def recorded(self) -> bool:
+        """Whether there is a record of all photos together, with which a job that was ended can be gone on with."""
+        return self.format not in _FORMATS or self.counts
+
+
 def predict(
     detector: Detector,
     inputs: Sequence[str | Path],
     out: Path | None = None,
+    output: Output | None = None,
     *,
-    format: str = "json",  # noqa: A002 - the option's name
     score: float | None = None,
-    progress: bool = True,
+    jobs: int = 1,
+    asked: Job | None = None,
     console: Console | None = None,
 ) -> int:
-    """Detect in all photos of `inputs` (see `expand`), say what was found, and write OUT/<stem>.jpg (.png for a PNG)
-    and OUT/<stem>.json (.xml with format 'voc') for each. Returns how many photos could not be read.
+    """Detect in all photos of `inputs` (see `expand`), say what was found, and write it. Returns how many photos could
+    not be read.
 
+    A format of a file a photo writes OUT/<stem>.json (.xml, .txt), and OUT/<stem>.jpg (.png for a PNG) with the boxes;
+    photos that share a stem get <stem>-2 and so on. One of a file for all writes record.FILES, photo by photo.
     out: a folder that is new or empty; default predictions/<n>. score: the lowest that is shown and written; default:
-    as the manifest decides. progress: a bar where there is more than a handful of photos. Photos that share a stem get
-    <stem>-2 and so on. Raises UserError on bad options and where nothing can be written; an unreadable photo is told
-    at the end.
+    as the manifest decides. jobs: how many threads may detect at a time; photos are read, and pictures drawn, beside.
+    asked: is kept beside a record; where `out` has it already, its record is gone on with. Raises UserError on bad
+    options and where nothing can be written; an unreadable photo is told at the end. Raises Interrupted at Ctrl-C where
+    there is a record: what it holds is whole.
     """
-    if format not in _FORMATS:
-        raise UserError(f"format '{format}': one of {', '.join(_FORMATS)}")
+    output = output or Output()
+    if output.format not in FORMATS:
+        raise UserError(f"format '{output.format}': one of {', '.join(FORMATS)}")
     console = console or Console()
     photos = expand(inputs)
-    folder = _claim(out)
+    folder = _claim(out, asked if output.recorded else None)
     report = _Report(console, detector.classes, several=len(photos) > DETAILED)
     names = dict(zip(photos, unique_stems(photos), strict=True))
-    display = bar(console)
-    display.disable = not (progress and report.several and console.is_terminal)
-    with display:
-        task = display.add_task("predicting", total=len(photos))
-        for done, batch in _batches(photos, report.failures):
-            for (photo, image), found in zip(batch, detector.detect([image for _, image in batch]), strict=True):
-                kept = decide.shown(found, detector.manifest, score)
-                written = _write(folder / names[photo], photo, image, kept, detector.classes, format)
-                report.add(photo, kept, written)
-            display.update(task, completed=done)
-    report.close(folder, len(photos))
+    with ExitStack() as stack:
+        record = stack.enter_context(Record(folder)) if output.recorded else None
+        left = [photo for photo in photos if record is None or str(photo) not in record.done]
+        if record and len(left) < len(photos):
+            report.failures += record.errors
+            console.print(f"{len(photos) - len(left)} of {len(photos)} photos are done", highlight=False)
+        work = _Work(detector, jobs, score, output, folder, names)
+        display = stack.enter_context(bar(console))
+        display.disable = not (report.several and console.is_terminal)
+        task = display.add_task("predicting", total=len(photos), completed=len(photos) - len(left))
+        try:
+            for done in stack.enter_context(closing(work.through(left))):
+                for path, content in done.files:
+                    atomic_write(path, content)
+                if record:
+                    record.add(done.tree(detector.classes))
+                report.add(done)
+                display.update(task, advance=1)
+        except KeyboardInterrupt:
+            if record is None:
+                raise
+            raise Interrupted(f"stopped; go on with  detkit predict --resume {folder}", signal.SIGINT) from None
+    report.close(folder, len(photos), _summed_up(folder, output, detector.classes))
+    if output.counts and not report.several:
+        console.print(_counted(folder, detector.classes))
+    full = detector.full if isinstance(detector, Tiled) else work.full
+    if full:
+        console.print(
+            f"{full} times the network's list, of {detector.manifest.nms.keep}, was full: objects may be missing. "
+            "Look at (smaller) tiles (--tiles), or export from a config with a higher model.select.keep",
+            style="yellow",
+            highlight=False,
+        )
     return len(report.failures)
+
+
+def _summed_up(folder: Path, output: Output, classes: Sequence[str]) -> list[Path]:
+    """Write what is made of the whole record; returns the files."""
+    files = [write(folder, output.format, classes)] if output.format not in _FORMATS else []
+    return [*files, counts(folder, classes)] if output.counts else files
+
+
+class _Done(NamedTuple):
+    """A photo, and what was found in it or why it could not be read; and what is to be written, all encoded."""
+
+    photo: Path
+    found: Detections | None
+    error: str = ""
+    files: tuple[tuple[Path, bytes | str], ...] = ()
+
+    def tree(self, classes: Sequence[str]) -> dict[str, object]:
+        """Its line in the record."""
+        if self.found is None:
+            return {"image": str(self.photo), "error": self.error}
+        return formats.detections_dict(self.photo, self.found, classes)
+
+
+class _Work:
+    """Reading, detecting and drawing, in threads: Pillow, ONNX Runtime and torch let others run meanwhile. full: how
+    often the network's list of boxes was full up to the lowest score that counts."""
+
+    def __init__(
+        self, detector: Detector, jobs: int, score: float | None, output: Output, folder: Path, names: dict[Path, str]
+    ) -> None:
+        self.detector, self.score, self.output, self.folder, self.names = detector, score, output, folder, names
+        self.full = 0
+        self._turns = threading.Semaphore(jobs)
+        # One thread detects while another reads; where several detect, each reads for itself.
+        self._threads, self._batch = (jobs, 1) if jobs > 1 else (2, BATCH)
+
+    def through(self, photos: Sequence[Path]) -> Generator[_Done]:
+        """The photos in their order; no more are in memory than the threads have in hand, and one batch more."""
+        batches = (photos[start : start + self._batch] for start in range(0, len(photos), self._batch))
+        pool = ThreadPoolExecutor(self._threads)
+        try:
+            waiting = deque(pool.submit(self._batched, batch) for batch in itertools.islice(batches, self._threads + 1))
+            while waiting:
+                done = waiting.popleft().result()
+                waiting.extend(pool.submit(self._batched, batch) for batch in itertools.islice(batches, 1))
+                yield from done
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _batched(self, photos: Sequence[Path]) -> list[_Done]:
+        read: list[tuple[Path, NDArray[np.uint8] | str]] = []
+        for photo in photos:
+            try:
+                read.append((photo, imaging.decode(photo)))
+            except UserError as error:
+                read.append((photo, str(error)))
+        with self._turns:
+            found = iter(self.detector.detect([image for _, image in read if not isinstance(image, str)]))
+        return [
+            _Done(photo, None, image) if isinstance(image, str) else self._finished(photo, image, next(found))
+            for photo, image in read
+        ]
+
+    def _finished(self, photo: Path, image: NDArray[np.uint8], found: Detections) -> _Done:
+        kept = decide.shown(found, self.detector.manifest, self.score)
+        if not isinstance(self.detector, Tiled):
+            self.full += len(kept) >= self.detector.manifest.nms.keep
+        target, files = self.folder / self.names[photo], list[tuple[Path, bytes | str]]()
+        if self.output.drawn:
+            # Not with_suffix: a stem may have a dot of its own.
+            picture = target.with_name(target.name + (".png" if photo.suffix.lower() == ".png" else ".jpg"))
+            content = io.BytesIO()
+            drawn = Image.fromarray(render.draw(image, kept, self.detector.classes))
+            drawn.save(content, "PNG" if picture.suffix == ".png" else "JPEG", quality=92)
+            files.append((picture, content.getvalue()))
+        if self.output.format in _FORMATS:
+            suffix, text = _FORMATS[self.output.format]
+            files.append((target.with_name(target.name + suffix), text(photo, kept, self.detector.classes)))
+        return _Done(photo, kept, files=tuple(files))
+
+
+def _counted(folder: Path, classes: Sequence[str]) -> Table:
+    """How many products of each class the photos of a record show: a row a class, a column a photo."""
+    photos = [(Path(tree["image"]).name, Counter(one["label"] for one in tree["detections"])) for tree in lines(folder)]
+    table = Table("product", title="count", title_justify="left")
+    for name, _ in photos:
+        table.add_column(Text(name), justify="right")
+    for each in classes:
+        if any(found[each] for _, found in photos):
+            table.add_row(Text(each), *(str(found[each]) for _, found in photos))
+    table.add_section()
+    table.add_row("total", *(str(found.total()) for _, found in photos))
+    return table
 
 
 def unique_stems(photos: Sequence[Path]) -> list[str]:
@@ -135,7 +337,18 @@ def unique_stems(photos: Sequence[Path]) -> list[str]:
     return names
 
 
-def _claim(out: Path | None) -> Path:
+def _claim(out: Path | None, asked: Job | None) -> Path:
+    """The folder for the results: new or empty, or that of the same job."""
+    if out and asked and (out / JOB).is_file() and read_job(out) == asked:
+        return out
+    folder = free(out)
+    if asked:
+        atomic_write(folder / JOB, asked.model_dump_json(indent=1) + "\n")
+    return folder
+
+
+def free(out: Path | None) -> Path:
+    """`out`, where it is new or empty; default: the next of predictions/. Raises UserError."""
     if out is None:
         return next_folder("predictions/")
     if out.exists() and not out.is_dir():
@@ -145,63 +358,42 @@ def _claim(out: Path | None) -> Path:
     return out
 
 
-def _batches(photos: Sequence[Path], failures: list[str]) -> Iterator[tuple[int, list[tuple[Path, NDArray[np.uint8]]]]]:
-    """The photos that can be read, a few at a time, and how many have been tried; the reasons of the others go to
-    `failures`."""
-    for start in range(0, len(photos), BATCH):
-        batch = []
-        for photo in photos[start : start + BATCH]:
-            try:
-                batch.append((photo, imaging.decode(photo)))
-            except UserError as error:
-                failures.append(str(error))
-        yield min(start + BATCH, len(photos)), batch
-
-
-def _write(
-    target: Path, photo: Path, image: NDArray[np.uint8], found: Detections, classes: Sequence[str], kind: str
-) -> Path:
-    """Write the picture and the file; returns the picture's path."""
-    suffix, text = _FORMATS[kind]
-    # Not with_suffix: a stem may have a dot of its own.
-    picture = target.with_name(target.name + (".png" if photo.suffix.lower() == ".png" else ".jpg"))
-    content = io.BytesIO()
-    drawn = Image.fromarray(render.draw(image, found, classes))
-    drawn.save(content, "PNG" if picture.suffix == ".png" else "JPEG", quality=92)
-    atomic_write(picture, content.getvalue())
-    atomic_write(target.with_name(target.name + suffix), text(photo, found, classes))
-    return picture
-
-
 class _Report:
     """What the user reads: a table a photo, or one over all of them where there are several."""
 
     def __init__(self, console: Console, classes: Sequence[str], *, several: bool) -> None:
         self.several = several
         self.failures: list[str] = []
+        self._read = 0
         self._console, self._classes = console, classes
         self._objects: Counter[int] = Counter()
         self._photos: Counter[int] = Counter()
 
-    def add(self, photo: Path, found: Detections, picture: Path) -> None:
-        """Take in what was found in one photo."""
-        labels = found.labels.tolist()
+    def add(self, done: _Done) -> None:
+        """Take in what was found in one photo, or that it could not be read."""
+        if done.found is None:
+            self.failures.append(done.error)
+            return
+        self._read += 1
+        labels = done.found.labels.tolist()
         self._objects.update(labels)
         self._photos.update(set(labels))
         if not self.several:
-            height, width = found.hw
-            self._line(f"{photo} ({width} x {height})", "bold")  # as a title it would be broken to the table's width
-            self._console.print(self._table(found))
-            self._line(f"picture: {picture}\n")
+            height, width = done.found.hw
+            self._line(f"{done.photo} ({width} x {height})", "bold")  # a title would be broken to the table's width
+            self._console.print(self._table(done.found))
+            for path, _ in done.files[:1]:
+                self._line(f"{'picture' if path.suffix in ('.jpg', '.png') else 'written'}: {path}\n")
 
-    def close(self, folder: Path, photos: int) -> None:
+    def close(self, folder: Path, photos: int, written: Sequence[Path]) -> None:
         """Sum up, and name the photos that could not be read."""
         if self.several:
             self._console.print(self._summary())
-        read = photos - len(self.failures)
-        found = self._objects.total()
+        found, read = self._objects.total(), self._read
         if read:
             self._line(f"{found} object{'s' * (found != 1)} in {read} photo{'s' * (read != 1)}; results in {folder}")
+        for path in written:
+            self._line(f"written: {path}")
         if self.failures:
             self._line(f"{len(self.failures)} of {photos} photos could not be read:", "red")
             for reason in self.failures:

@@ -67,13 +67,20 @@ def plain(name: str, label: int) -> str:
 
 
 def draw(
-    image: NDArray[np.uint8], detections: Detections, classes: Sequence[str], score: float = 0.0, *, scores: bool = True
+    image: NDArray[np.uint8],
+    detections: Detections,
+    classes: Sequence[str],
+    score: float = 0.0,
+    *,
+    scores: bool = True,
+    tracks: Sequence[int] | None = None,
 ) -> NDArray[np.uint8]:
     """The image with a box and a tag (class, and score in percent if `scores`) for each detection of at least `score`.
 
     image: uint8 [H, W, 3], the photo that the detections are of; it is not changed. Returns uint8 [H, W, 3].
     Lines and letters grow with the photo and shrink, to a floor, with the boxes. Where tags would cover each other
     they go without the score, then with a shortened name; where even that would bury others, there is only the box.
+    tracks: in a video, the number of each detection's object, for its tag; with a `score` of 0 only.
     """
     shown = detections.above(score)
     picture = Image.fromarray(image)
@@ -85,7 +92,7 @@ def draw(
     for box, label in reversed(list(zip(boxes, shown.labels, strict=True))):  # the best on top
         _outline(canvas, box, colour(int(label)), style.line)
     font = ImageFont.load_default(style.font)
-    for tag, label in zip(_place(shown, boxes, classes, style, font, scores), shown.labels, strict=True):
+    for tag, label in zip(_place(shown, boxes, classes, style, font, scores, tracks), shown.labels, strict=True):
         if tag is not None:
             _stamp(canvas, tag, colour(int(label)), style, font)
     return np.array(picture)
@@ -186,7 +193,13 @@ def _corners(box: _Box, width: int, height: int, line: int) -> Iterator[tuple[in
 
 
 def _place(
-    shown: Detections, boxes: Sequence[_Box], classes: Sequence[str], style: _Style, font: _Font, scores: bool = True
+    shown: Detections,
+    boxes: Sequence[_Box],
+    classes: Sequence[str],
+    style: _Style,
+    font: _Font,
+    scores: bool = True,
+    tracks: Sequence[int] | None = None,
 ) -> list[_Tag | None]:
     """A tag for each detection, best first, where it covers least of the earlier tags and of the other products; None
     where it would bury them, or the picture is smaller than the tag."""
@@ -196,6 +209,8 @@ def _place(
     for i, (box, label, score) in enumerate(zip(boxes, shown.labels, shown.scores, strict=True)):
         others = np.delete(edges, i, axis=0)
         name = plain(classes[label], int(label))
+        if tracks is not None:
+            name = f"{tracks[i]} {name}"
         best: tuple[float, _Tag] | None = None
         for text in _texts(name, float(score) if scores else None, box[2] - box[0] + 1, style, font):
             choice = _spot(text, box, shown.hw, taken, others, style, font)

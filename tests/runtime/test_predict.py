@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
-from detkit.errors import UserError
+from detkit.errors import Interrupted, UserError
 from detkit.manifest import Manifest
-from detkit.runtime.predict import expand, predict, unique_stems
+from detkit.runtime.predict import JOB, Job, Output, expand, predict, read_job, unique_stems
 from detkit.types import Detections
 from tests.test_manifest import manifest
 
@@ -116,7 +116,7 @@ def test_score_overrides_the_manifest(tmp_path: Path) -> None:
 
 def test_voc_xml_is_whole_pixels_and_names_the_photo(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert predict(Fake(), [photo(tmp_path / "a.jpg")], out, format="voc", console=quiet()) == 0
+    assert predict(Fake(), [photo(tmp_path / "a.jpg")], out, Output("voc"), console=quiet()) == 0
     root = ET.parse(out / "a.xml").getroot()
     assert root.findtext("filename") == "a.jpg"
     assert (root.findtext("size/width"), root.findtext("size/height")) == ("32", "24")
@@ -145,7 +145,7 @@ def test_many_photos_share_a_table_and_go_in_small_batches(tmp_path: Path) -> No
         photo(tmp_path / "in" / f"{index}.jpg")
     console, detector = quiet(), Fake()
     assert predict(detector, [str(tmp_path / "in")], tmp_path / "out", score=0.2, console=console) == 0
-    assert detector.batches == [8, 8, 3]
+    assert sorted(detector.batches) == [3, 8, 8]
     rows = [line.replace("│", " ").split() for line in said(console).splitlines()]
     assert ["milk", "19", "19"] in rows
     assert ["żur", "19", "19"] in rows
@@ -167,5 +167,127 @@ def test_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="one of json, voc"):
-        predict(Fake(), [photo(tmp_path / "a.jpg")], tmp_path / "out", format="pdf")
+    with pytest.raises(UserError, match="one of json, voc, yolo, jsonl, coco, csv"):
+        predict(Fake(), [photo(tmp_path / "a.jpg")], tmp_path / "out", Output("pdf"))
+
+
+# Many photos, one record
+
+
+def folder_of(tmp_path: Path, count: int) -> Path:
+    for index in range(count):
+        photo(tmp_path / "in" / f"{index:02d}.jpg", (20 + index, 30))
+    (tmp_path / "in" / "05.jpg").write_bytes(b"junk")
+    return tmp_path / "in"
+
+
+def recorded(out: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (out / "detections.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_the_record_has_each_photo_once_and_in_order(tmp_path: Path, jobs: int) -> None:
+    source, out, console = folder_of(tmp_path, 20), tmp_path / "out", quiet()
+    assert predict(Fake(), [source], out, Output("jsonl", counts=True), jobs=jobs, console=console) == 1
+    rows = recorded(out)
+    assert [row["image"] for row in rows] == [str(source / f"{index:02d}.jpg") for index in range(20)]
+    assert [row["image"] for row in rows if "error" in row] == [str(source / "05.jpg")]
+    assert rows[7]["height"] == 27
+    assert rows[7]["detections"] == [{"label": "żur", "score": 0.9, "box": [2.4, 3, 20.6, 18]}]
+    assert names_in(out) == ["counts.csv", "detections.jsonl"]
+    counted = (out / "counts.csv").read_text(encoding="utf-8").splitlines()
+    assert counted[0] == "image,milk,żur,牛奶,total"
+    assert counted[1:] == [f"{source / f'{index:02d}.jpg'},0,1,0,1" for index in range(20) if index != 5]
+
+
+def test_coco_and_csv_say_what_the_record_says(tmp_path: Path) -> None:
+    source = folder_of(tmp_path, 7)
+    for kind in ("coco", "csv"):
+        assert predict(Fake(), [source], tmp_path / kind, Output(kind), score=0.2, console=quiet()) == 1
+    coco = json.loads((tmp_path / "coco" / "detections.json").read_text(encoding="utf-8"))
+    assert [image["file_name"] for image in coco["images"]] == [
+        str(source / f"{index:02d}.jpg") for index in range(7) if index != 5
+    ]
+    assert coco["categories"] == [{"id": 1, "name": "milk"}, {"id": 2, "name": "żur"}, {"id": 3, "name": "牛奶"}]
+    assert [one["id"] for one in coco["annotations"]] == list(range(1, 13))
+    assert coco["annotations"][0] == {
+        "id": 1, "image_id": 1, "category_id": 2, "bbox": [2.4, 3, 18.2, 15], "area": 273.0, "iscrowd": 0, "score": 0.9
+    }  # fmt: skip
+    lines = (tmp_path / "csv" / "detections.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[:2] == ["image,label,score,x1,y1,x2,y2", f"{source / '00.jpg'},żur,0.9,2.4,3.0,20.6,18.0"]
+    assert len(lines) == 13
+
+
+def test_yolo_is_shares_of_the_photo(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert predict(Fake(), [photo(tmp_path / "a.jpg")], out, Output("yolo", pictures=False), console=quiet()) == 0
+    assert names_in(out) == ["a.txt"]
+    assert (out / "a.txt").read_text() == "1 0.359375 0.437500 0.568750 0.625000 0.9000\n"
+
+
+def test_a_job_that_was_ended_is_gone_on_with_each_photo_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = folder_of(tmp_path, 30), tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    asked = Job(photos=(str(source),), folder=str(tmp_path), model="m.onnx", format="jsonl")
+
+    class Ended(Fake):
+        def detect(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+            if len(self.batches) == 2:
+                raise KeyboardInterrupt
+            return super().detect(images)
+
+    with pytest.raises(Interrupted, match=r"detkit predict --resume"):
+        predict(Ended(), asked.photos, out, asked.output, asked=asked, console=quiet())
+    done = recorded(out)
+    assert [row["image"] for row in done] == [str(source / f"{index:02d}.jpg") for index in range(len(done))]
+    assert 0 < len(done) < 30
+    assert read_job(out) == asked
+    with (out / "detections.jsonl").open("ab") as file:
+        file.write(b'{"image": "half a li')  # as a kill, or a full disk, leaves it
+    detector, console = Fake(), quiet()
+    assert predict(detector, asked.photos, out, asked.output, asked=asked, console=console) == 1
+    assert [row["image"] for row in recorded(out)] == [str(source / f"{index:02d}.jpg") for index in range(30)]
+    assert sum(detector.batches) < 30
+    assert f"{len(done)} of 30 photos are done" in said(console)
+    assert "1 of 30 photos could not be read:" in said(console)
+    assert said(console).count("05.jpg") == 1
+
+
+def test_what_can_not_be_gone_on_with_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="nothing to go on with"):
+        read_job(tmp_path)
+    out = tmp_path / "out"
+    asked = Job(photos=(str(folder_of(tmp_path, 6)),), folder=str(tmp_path), model="m.onnx", format="jsonl")
+    monkeypatch.chdir(tmp_path)
+    predict(Fake(), asked.photos, out, asked.output, asked=asked, console=quiet())
+    other = asked.model_copy(update={"score": 0.1})
+    with pytest.raises(UserError, match="is not empty, and nothing is overwritten"):
+        predict(Fake(), other.photos, out, other.output, asked=other, console=quiet())
+    monkeypatch.chdir(tmp_path / "in")
+    with pytest.raises(UserError, match="was begun in"):
+        read_job(out)
+    monkeypatch.chdir(tmp_path)
+    (out / "detections.jsonl").write_text("[1]\n")
+    with pytest.raises(UserError, match="can't be gone on with"):
+        predict(Fake(), asked.photos, out, asked.output, asked=asked, console=quiet())
+    (out / JOB).write_text("{}")
+    with pytest.raises(UserError, match="can't be read"):
+        read_job(out)
+
+
+def test_a_full_list_is_said(tmp_path: Path) -> None:
+    source, console = photo(tmp_path / "a.jpg"), quiet()
+    rule = Fake().manifest.nms
+    predict(Fake(nms=rule.model_copy(update={"keep": 2})), [source], tmp_path / "1", score=0.1, console=console)
+    assert "1 times the network's list, of 2, was full" in said(console)
+    console = quiet()
+    predict(Fake(nms=rule.model_copy(update={"keep": 2})), [source], tmp_path / "2", score=0.5, console=console)
+    assert "was full" not in said(console)
+
+
+def test_products_are_counted_in_a_table(tmp_path: Path) -> None:
+    photos, console = [photo(tmp_path / "a.jpg"), photo(tmp_path / "b.jpg")], quiet()
+    predict(Fake(), photos, tmp_path / "out", Output("json", counts=True), console=console)
+    rows = [line.replace("│", " ").split() for line in said(console).splitlines()]
+    assert ["żur", "1", "1"] in rows
+    assert ["total", "1", "1"] in rows
