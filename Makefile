@@ -20,10 +20,10 @@ demo: setup  ## the whole job on made-up shelf photos: data, training, evaluatio
 	@$(BIN)/detkit demo
 
 test: setup  ## the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-slow: setup  ## fuzzing, kills and other long tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m slow
 
 lint: setup  ## ruff, mypy and the layers
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -22,10 +23,18 @@ settings.load_profile("detkit")
 EXPECTED_SKIPS = ("needs a GPU", "needs mlflow", "needs wandb")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """With --dist loadgroup the tests of a module, which share fixtures, go to one process, unless a test says not."""
-    if isinstance(item, pytest.Function) and not item.get_closest_marker("xdist_group"):
-        item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of a module, which share fixtures, go to one process; but those of the shipped configs, which share
+    none and take minutes together, one by one, so that no process is left alone with them at the end."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Modules(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return nodeid if module.endswith("test_shipped.py") else module
+
+    return Modules(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 @pytest.hookimpl(wrapper=True)
