@@ -58,6 +58,14 @@ def pixels(red: int = 255, size: tuple[int, int] = (96, 64)) -> np.ndarray:
     return image
 
 
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """What happens in the server's thread, or process, a moment after the answer."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]

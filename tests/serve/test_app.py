@@ -12,7 +12,7 @@ from detkit import formats, imaging
 from detkit.manifest import Decision
 from detkit.runtime.session import Session
 from detkit.serve.observe import _Formatter
-from tests.serve.conftest import CLASSES, photo, pixels, save
+from tests.serve.conftest import CLASSES, photo, pixels, save, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,12 @@ def test_the_log_says_what_happened_and_nothing_of_the_photo(shared, http, caplo
     answer = http.post("/v1/detect", files=files, headers={"x-request-id": "abc-1"}, params={"version": 1})
     assert answer.headers["x-request-id"] == "abc-1"
     http.post("/v1/detect", content=photo(), headers={"x-request-id": "a\tb" * 40})
-    records = [record for record in caplog.records if record.name == "detkit.serve"]
+
+    def told():
+        return [record for record in caplog.records if record.name == "detkit.serve"]
+
+    wait_until(lambda: len(told()) == 2)
+    records = told()
     lines = [_Formatter("json").format(record) for record in records]
     first, second = (json.loads(line) for line in lines)
     assert first["id"] == "abc-1"

@@ -11,7 +11,7 @@ from detkit.errors import UserError
 from detkit.serve.models import Repository, place
 from detkit.serve.observe import Metrics
 from detkit.serve.settings import Settings
-from tests.serve.conftest import photo, save
+from tests.serve.conftest import photo, save, wait_until
 
 
 def load(*texts):
@@ -44,13 +44,6 @@ def test_what_can_t_be_loaded_is_one_line(tmp_path):
     (tmp_path / "bad.onnx").write_bytes(model.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"bad\.onnx: "):
         load(str(tmp_path / "bad.onnx"))
-
-
-def wait_until(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_replaced_file_is_served_without_a_failed_request(serve, tmp_path):

@@ -21,7 +21,7 @@ from PIL import Image
 
 from detkit.client import Client
 from detkit.serve import run
-from tests.serve.conftest import photo, save
+from tests.serve.conftest import photo, save, wait_until
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
@@ -63,13 +63,6 @@ def ready(client, url):
         return client.get(f"{url}/health/ready").status_code == 200
     except httpx2.TransportError:
         return False
-
-
-def wait_until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_what_can_t_be_served_is_one_line_and_exit_code_2(tmp_path):
