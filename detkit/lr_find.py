@@ -7,6 +7,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def run(settings: config.Config, least: float, most: float, steps: int, console:
         test.recalibrate()
     test.hold()
     test.wrap()
-    with counting(console, "testing rates") as progress:
+    with counting(console, "testing rates") as progress, closing(test.loader):
         curve = sweep(test, np.geomspace(least, most, steps), progress)
     suggestion = suggest(curve)
     folder = next_folder(settings.runs / f"{settings.name}-lr-find-")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -103,14 +104,14 @@ def _from_checkpoint(model: str | None, where: Where, console: Console) -> Sourc
     data = trained.data(where.root)
     dataset, split = _split(data, where, console)
     _same_classes(dataset, trained.classes, trained.path)
-    loader = Loader(EvalSet(dataset, settings.input), settings.train.images, settings.train.workers)
     device = pick_device(where.device)
     predictor = trained.predictor().to(device)
     if where.class_agnostic:
         predictor.rule = predictor.rule.model_copy(update={"agnostic": True})
-    return _source(
-        trained.path, dataset, split, detect(predictor, loader, device, console, where.nms), where, trained.manifest()
-    )
+    samples = EvalSet(dataset, settings.input)
+    with closing(Loader(samples, settings.train.images, settings.train.workers)) as loader:
+        detections = detect(predictor, loader, device, console, where.nms)
+    return _source(trained.path, dataset, split, detections, where, trained.manifest())
 
 
 def _from_onnx(path: Path, where: Where, console: Console) -> Source:

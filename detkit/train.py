@@ -718,7 +718,7 @@ def _loop(run: Run, ends: float, judge: Judge | None) -> Path:
     console.print(f"run: {run.folder}   device: {run.device}{processes}   {len(run.loader)} steps an epoch")
     figures: dict[str, Any] = {}
     run.wrap()
-    with _stop_signals() as stop, closing(run.log):
+    with _stop_signals() as stop, closing(run.log), closing(run.loader), closing(run.val_loader):
         while not run.finished:
             began = time.perf_counter()
             run.hold()

@@ -39,7 +39,11 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Half of the time of all ten; what is left has each head and each kind of backbone.
+SLOW = ("faster_rcnn_resnet", "faster_rcnn_vgg", "ssd_vgg")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in NAMES])
 def test_the_whole_way(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

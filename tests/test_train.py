@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,7 @@ def test_a_run_leaves_its_config_figures_and_weights_and_never_shares_a_folder(t
 def test_two_runs_with_one_seed_are_equal_whatever_the_workers(tmp_path, console):
     first = train.start(settings(tmp_path, "train.epochs=1"), console)
     second = train.start(settings(tmp_path, "train.epochs=1", "train.workers=2"), console)
+    assert not multiprocessing.active_children()
     same_weights(first, second)
 
 

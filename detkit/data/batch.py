@@ -186,6 +186,10 @@ class Loader:
         """Batches an epoch."""
         return len(self._order)
 
+    def close(self) -> None:
+        """End its processes: those of one that the garbage collector finds in a cycle take 5 s each to end."""
+        del self._batches
+
     def epoch(
         self, number: int = 0, *, start: int = 0, close: bool = False, canvas: Canvas | None = None
     ) -> Iterator[Batch]:
@@ -198,8 +202,7 @@ class Loader:
         self._order.epoch, self._order.close, self._order.start, self._order.canvas = number, close, start, canvas
         for batch in self._batches:
             if isinstance(batch, UserError):
-                # Raised anew: raising `batch` itself makes a cycle with this frame, and workers that the garbage
-                # collector finds in a cycle take 5 s to end.
+                # Raised anew: raising `batch` itself makes a cycle with this frame; see `close`.
                 raise UserError(*batch.args)
             # Pinning turns the tuple of plans into a list.
             yield batch._replace(plans=tuple(batch.plans))
