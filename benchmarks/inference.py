@@ -48,7 +48,7 @@ from detkit.manifest import KEY
 from detkit.nn import weights
 from detkit.nn.detector import Predictor
 from detkit.runtime import predict
-from detkit.runtime.session import INPUT, OUTPUTS, Session, detections
+from detkit.runtime.session import INPUT, OUTPUTS, Session, detections, onto_canvas
 
 HW = (480, 640)
 DETECT = (
@@ -243,19 +243,17 @@ def stages(runs: list[str], threads: int = Threads, rounds: int = 10) -> None:
 
 
 def _batch(session: Session, photo: bytes) -> tuple[geometry.ResizePlan, np.ndarray]:
-    image = imaging.decode(photo)
-    said = session.manifest
-    plan = geometry.plan((image.shape[0], image.shape[1]), said.size, said.resize)
-    return plan, np.ascontiguousarray(imaging.to_canvas(image, plan, said.fill).transpose(2, 0, 1))[None]
+    plan, canvas = onto_canvas(imaging.decode(photo), session.manifest)
+    return plan, np.ascontiguousarray(canvas)[None]
 
 
 def _steps(session: Session, photo: bytes) -> dict[str, float]:
     """Seconds of each step of one photo, those that Session.detect takes."""
-    said, marks = session.manifest, [time.perf_counter()]
+    marks = [time.perf_counter()]
     image = imaging.decode(photo)
     marks.append(time.perf_counter())
-    plan = geometry.plan((image.shape[0], image.shape[1]), said.size, said.resize)
-    batch = np.ascontiguousarray(imaging.to_canvas(image, plan, said.fill).transpose(2, 0, 1))[None]
+    plan, canvas = onto_canvas(image, session.manifest)
+    batch = np.ascontiguousarray(canvas)[None]
     marks.append(time.perf_counter())
     outputs = session.run(batch)
     marks.append(time.perf_counter())

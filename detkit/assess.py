@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,17 +148,28 @@ def run(
     figures = found.figures
     console.print(table(figures, f"{source.path} on {source.root}, {source.split}"))
     console.print(*report.lines(figures), sep="\n", highlight=False, markup=False)
-    if files.json:
-        atomic_write(files.json, json.dumps(figures, ensure_ascii=False, indent=1) + "\n")
-    if files.markdown:
-        atomic_write(files.markdown, report.markdown(figures))
-    if files.html:
-        report.write(files.html, found)
     if files.suspects:
         mistakes.write_suspects(files.suspects, found.suspects, source.records, source.names, source.classes)
+    _write(files, figures, report.markdown, lambda path: report.write(path, found), console)
+    return figures
+
+
+def _write(
+    files: Files,
+    tree: dict[str, Any],
+    markdown: Callable[[dict[str, Any]], str],
+    page: Callable[[Path], None],
+    console: Console,
+) -> None:
+    """Write what was asked for, and say what there is now."""
+    if files.json:
+        atomic_write(files.json, json.dumps(tree, ensure_ascii=False, indent=1) + "\n")
+    if files.markdown:
+        atomic_write(files.markdown, markdown(tree))
+    if files.html:
+        page(files.html)
     for path in files.written():
         console.print(f"written: {path}", highlight=False, markup=False)
-    return figures
 
 
 def _speed(source: Source, where: Where) -> speed.Speed | None:
@@ -208,14 +219,7 @@ def compare(
     }
     console.print(_side_by_side(tree))
     console.print(*(report.verdict(each) for each in verdicts), sep="\n", highlight=False, markup=False)
-    if files.json:
-        atomic_write(files.json, json.dumps(tree, ensure_ascii=False, indent=1) + "\n")
-    if files.markdown:
-        atomic_write(files.markdown, report.compared_markdown(tree))
-    if files.html:
-        report.write_compared(files.html, tree, found)
-    for path in files.written():
-        console.print(f"written: {path}", highlight=False, markup=False)
+    _write(files, tree, report.compared_markdown, lambda path: report.write_compared(path, tree, found), console)
     return tree
 
 

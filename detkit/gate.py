@@ -16,14 +16,14 @@ from rich.table import Table
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from detkit import config, geometry, imagegraph, imaging, metrics
+from detkit import config, imagegraph, metrics
 from detkit.data import tiles
 from detkit.data.labels import DataSet
 from detkit.geometry import ResizePlan
 from detkit.manifest import Manifest
 from detkit.nn.detector import Predictor
 from detkit.runtime import merge
-from detkit.runtime.session import IMAGE, INPUT, OUTPUTS, detections
+from detkit.runtime.session import IMAGE, INPUT, OUTPUTS, detections, onto_canvas
 from detkit.runtime.verify import scene
 from detkit.types import Detections
 
@@ -65,8 +65,7 @@ class Series(NamedTuple):
 
 def photo(image: NDArray[np.uint8], manifest: Manifest) -> Photo:
     """A photo, uint8 [h, w, 3], and how it lies on the canvas."""
-    plan = geometry.plan((image.shape[0], image.shape[1]), manifest.size, manifest.resize)
-    return Photo(image, plan, imaging.to_canvas(image, plan, manifest.fill).transpose(2, 0, 1))
+    return Photo(image, *onto_canvas(image, manifest))
 
 
 def real(dataset: DataSet, index: Sequence[int], manifest: Manifest) -> Series:

@@ -97,7 +97,7 @@ def pool(records: Sequence[Record], found: Sequence[Detections], classes: Sequen
     # lexsort is stable, so equal scores keep the order of photos. A photo's rank within the class:
     group = photo[order] * len(classes) + label[order]
     by_group = np.argsort(group, kind="stable")
-    sizes = np.bincount(group, minlength=0)
+    sizes = np.bincount(group)
     starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
     rank = np.empty(len(order), np.int64)
     rank[by_group] = np.arange(len(order)) - starts

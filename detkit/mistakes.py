@@ -262,11 +262,12 @@ def write_suspects(
 
     names: of the photos, paths relative to the data set. Raises UserError where the folder holds something.
     """
-    places = sorted({suspect.photo for suspect in found})
+    doubts: dict[int, list[Suspect]] = {}
+    for suspect in found:
+        doubts.setdefault(suspect.photo, []).append(suspect)
     with whole_folder(folder) as out:
-        for place in places:
-            record = records[place]
-            more = [suspect for suspect in found if suspect.photo == place and suspect.seen]
+        for place, own in doubts.items():
+            record, more = records[place], [suspect for suspect in own if suspect.seen]
             seen = formats.whole_pixels(np.array([suspect.box for suspect in more]).reshape(-1, 4), record.hw)
             boxes = np.concatenate([record.boxes, seen])
             text = formats.voc_xml(
@@ -280,4 +281,4 @@ def write_suspects(
             path = (out / names[place].removeprefix("JPEGImages/")).with_suffix(".xml")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8", newline="\n")
-    return len(places)
+    return len(doubts)

@@ -75,6 +75,13 @@ def require_photo(image: NDArray[np.uint8]) -> None:
         raise ValueError(f"an image must be uint8 [height, width, 3], not {image.dtype} {list(image.shape)}")
 
 
+def onto_canvas(image: NDArray[np.uint8], said: Manifest) -> tuple[geometry.ResizePlan, NDArray[np.uint8]]:
+    """How a photo, uint8 [h, w, 3], lies on a model's canvas, and that canvas as the network takes it: uint8 [3, H, W],
+    not contiguous."""
+    plan = geometry.plan((image.shape[0], image.shape[1]), said.size, said.resize)
+    return plan, imaging.to_canvas(image, plan, said.fill).transpose(2, 0, 1)
+
+
 def detections(
     plan: geometry.ResizePlan,
     boxes: NDArray[np.float32],
@@ -105,10 +112,11 @@ def detect_with(
         return []
     for image in images:
         require_photo(image)
-    plans = [geometry.plan((image.shape[0], image.shape[1]), manifest.size, manifest.resize) for image in images]
     batch_B3HW = np.empty((len(images), 3, *manifest.size), np.uint8)
-    for slot, image, plan in zip(batch_B3HW, images, plans, strict=True):
-        slot[:] = imaging.to_canvas(image, plan, manifest.fill).transpose(2, 0, 1)
+    plans = []
+    for slot, image in zip(batch_B3HW, images, strict=True):
+        plan, slot[:] = onto_canvas(image, manifest)
+        plans.append(plan)
     outputs = run(batch_B3HW)
     found = [detections(plan, *rows) for plan, *rows in zip(plans, *outputs, strict=True)]
     return [merge.merge(one, nms, manifest.nms) for one in found]

@@ -107,12 +107,11 @@ def _starts(length: int, tile: int, overlap: int) -> list[int]:
     return [i * (length - tile) // (count - 1) for i in range(count)]
 
 
-class Tiled:
-    """A detector that looks at tiles of a photo, and at all of it for what is larger than the overlap. A photo that is
-    no larger than a tile is looked at as it is. sure: see `joined`. full: how many looks filled the network's list."""
+class _Looks:
+    """A detector made of another, which it looks through several times."""
 
-    def __init__(self, detector: Detector, tiling: Tiling, sure: Sure | None = None) -> None:
-        self.detector, self.tiling, self.sure, self.full = detector, tiling, sure, 0
+    def __init__(self, detector: Detector) -> None:
+        self.detector = detector
 
     @property
     def manifest(self) -> Manifest:
@@ -123,6 +122,15 @@ class Tiled:
     def classes(self) -> tuple[str, ...]:
         """The detector's."""
         return self.detector.classes
+
+
+class Tiled(_Looks):
+    """A detector that looks at tiles of a photo, and at all of it for what is larger than the overlap. A photo that is
+    no larger than a tile is looked at as it is. sure: see `joined`. full: how many looks filled the network's list."""
+
+    def __init__(self, detector: Detector, tiling: Tiling, sure: Sure | None = None) -> None:
+        super().__init__(detector)
+        self.tiling, self.sure, self.full = tiling, sure, 0
 
     def detect(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
         """Detections of each image, uint8 [h, w, 3], in its own pixels, best first."""
@@ -232,21 +240,8 @@ def _cut(
     return cut
 
 
-class Flipped:
+class Flipped(_Looks):
     """A detector that looks at each photo twice, the second time mirrored, and fuses what it finds (weighted boxes)."""
-
-    def __init__(self, detector: Detector) -> None:
-        self.detector = detector
-
-    @property
-    def manifest(self) -> Manifest:
-        """The detector's."""
-        return self.detector.manifest
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The detector's."""
-        return self.detector.classes
 
     def detect(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
         """Detections of each image, uint8 [h, w, 3], in its own pixels, best first."""

@@ -18,7 +18,7 @@ from detkit import geometry, imaging
 from detkit.errors import UserError
 from detkit.manifest import Manifest
 from detkit.runtime import merge
-from detkit.runtime.session import Raw, Session, detections
+from detkit.runtime.session import Raw, Session, detections, onto_canvas
 from detkit.serve.batching import Batcher, Image, Row
 from detkit.serve.observe import Metrics, log, plain
 from detkit.serve.settings import Problem, Settings
@@ -79,11 +79,10 @@ class Engine:
 
     def _prepare(self, content: bytes) -> tuple[geometry.ResizePlan, Image]:
         image = imaging.decode(content, max_pixels=self._settings.max_pixels)
-        hw = (image.shape[0], image.shape[1])
         if self.session.kind == "image":
+            hw = (image.shape[0], image.shape[1])
             return geometry.ResizePlan(hw, hw, hw), np.ascontiguousarray(image)
-        plan = geometry.plan(hw, self.manifest.size, self.manifest.resize)
-        return plan, imaging.to_canvas(image, plan, self.manifest.fill).transpose(2, 0, 1)
+        return onto_canvas(image, self.manifest)
 
     async def infer(self, images: Sequence[Image]) -> Raw:
         """What `Session.run` says of images that are as the network takes them. Raises Problem 429 and 503."""
