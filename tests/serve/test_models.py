@@ -87,7 +87,8 @@ def test_a_bad_file_keeps_the_old_one_until_a_good_one_comes(serve, tmp_path):
             return float(lines[0].rsplit(" ", 1)[1]) if lines else 0
 
         for number, bad in enumerate((good[:-100], b"", b"no model"), 1):
-            path.write_bytes(bad)
+            (tmp_path / "bad").write_bytes(bad)
+            (tmp_path / "bad").replace(path)  # at once: a file half written would be one more
             wait_until(lambda number=number: figure("refused") == number)
             assert client.post("/v1/detect", content=photo()).json()["photos"][0]["detections"]
         time.sleep(0.2)
