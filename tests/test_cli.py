@@ -214,6 +214,7 @@ def test_export_and_predict_agree_with_the_checkpoint(trained, exported, tmp_pat
         assert (nearest < 0.05).mean() > 0.97
 
 
+@pytest.mark.slow
 def test_merging_after_the_network(trained, tmp_path, run):
     photo = next((SHELF / "JPEGImages").iterdir())
     without = tmp_path / "raw.onnx"

@@ -39,8 +39,8 @@ SMALL = {
 }  # fmt: skip
 
 
-# Half of the time of all ten; what is left has each head and each kind of backbone.
-SLOW = ("faster_rcnn_resnet", "faster_rcnn_vgg", "ssd_vgg")
+# Two thirds of the time of all ten; what is left has each head and each kind of backbone.
+SLOW = ("faster_rcnn_resnet", "faster_rcnn_vgg", "ssd_mobilenet", "ssd_resnet", "ssd_vgg")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in NAMES])

@@ -648,7 +648,7 @@ def test_bfloat16_is_near_and_decodes_in_float32(name: str) -> None:
             torch.testing.assert_close(got.sums[key], value, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("name", ["faster_rcnn_mobilenet", "faster_rcnn_vgg"])
+@pytest.mark.parametrize("name", [pytest.param("faster_rcnn_mobilenet", marks=pytest.mark.slow), "faster_rcnn_vgg"])
 def test_onnx_finds_the_same_at_any_batch_size(name: str) -> None:
     detector = tiny(name, "model.head.proposals=60", "model.head.candidates=200")
     sharpen(detector)

@@ -258,9 +258,8 @@ def test_dropout_drops_channels_in_training_only() -> None:
     assert 0.25 < float(share) < 0.75
 
 
-@pytest.mark.parametrize(
-    "norm", ["group", pytest.param("sync_bn", marks=pytest.mark.slow), pytest.param("frozen", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["group", "sync_bn", "frozen"])
 def test_it_exports(norm: str) -> None:
     settings = model("csp", norm=norm, activation="hardswish", dropout=0.2, weights="imagenet")
     predictor, some = Predictor(detector(settings), config.Select(score=0.0, keep=20)), images(8)
