@@ -28,8 +28,17 @@ def photos(tmp_path):
     return folder
 
 
+# As on a terminal: tests that a shell has put into the background inherit that SIGINT is ignored.
+DETKIT = """
+import signal
+from detkit.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
+
+
 def start(folder, *arguments):
-    command = [sys.executable, "-m", "detkit", "predict", *map(str, arguments)]
+    command = [sys.executable, "-c", DETKIT, "predict", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes)
 
