@@ -172,7 +172,7 @@ def verdict(comparison: dict[str, Any]) -> str:
     apart, low, high = (comparison[name] for name in ("difference", "low", "high"))
     up = apart > 0 if figure != "count_MAE" else apart < 0
     if p >= 0.05:
-        said = f"no difference between {first} and {second} is shown"
+        said = f"No difference between {first} and {second} is shown"
     else:
         said = f"{first} is {'better' if up else 'worse'} than {second}"
     return f"{said}: {figure} {apart:+.3f} ({low:+.3f} to {high:+.3f}), p = {p:.3f} (paired bootstrap over photos)"
