@@ -101,7 +101,7 @@ def test_compare_says_which_is_better(pages: Path) -> None:
     assert verdict["p"] < 0.05
     assert verdict["difference"] == pytest.approx(tree["models"][1]["mAP"] - tree["models"][0]["mAP"])
     assert "good.jsonl is better than bad.jsonl: mAP +" in (pages / "both.md").read_text(encoding="utf-8")
-    assert "Good.jsonl is better than bad.jsonl" in (pages / "both.html").read_text(encoding="utf-8")
+    assert "good.jsonl is better than bad.jsonl" in (pages / "both.html").read_text(encoding="utf-8")
 
 
 def test_a_lower_counting_error_is_better(good: Path, bad: Path) -> None:
