@@ -193,7 +193,7 @@ def compare(
     timed: bool = True,
 ) -> dict[str, Any]:
     """``detkit compare``: models side by side on the same photos, and whether each is better than the first by
-    `figure`, one of `SHARES`. Raises UserError where their classes or photos differ."""
+    `figure`, one of `SHARES`. timed: their speed too. Raises UserError where their classes or photos differ."""
     files = files or Files()
     if figure not in SHARES:
         raise UserError(f"--figure {figure}: one of {', '.join(SHARES)}")

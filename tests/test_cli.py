@@ -1,5 +1,7 @@
 """The command line, as a user meets it."""
 
+import contextlib
+import io
 import json
 import shutil
 import subprocess
@@ -183,7 +185,10 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(trained):
     """Its ONNX file."""
-    cli_ok("export", trained)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        cli_ok("export", trained)
+    assert "agree" in out.getvalue()
     return trained / "best.onnx"
 
 

@@ -119,10 +119,10 @@ def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0))
-    started = time.process_time()
+    started = time.perf_counter()
     with pytest.raises(UserError, match="megapixels"):
         imaging.decode(bomb + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
-    assert time.process_time() - started < 1
+    assert time.perf_counter() - started < 1
 
 
 @given(st.integers(0, len(JPEG) - 1), st.binary(max_size=8), st.booleans())

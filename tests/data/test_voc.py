@@ -97,7 +97,7 @@ def test_entities_are_refused_at_once(tmp_path: Path) -> None:
     secret = tmp_path / "secret.txt"
     secret.write_text("swordfish")
     laughs = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10 if i else "lol"}">' for i in range(12))
-    started = time.process_time()
+    started = time.perf_counter()
     for declared, use in (
         (f"<!DOCTYPE annotation [{laughs}]>", "&l11;"),
         (f'<!DOCTYPE annotation [<!ENTITY x SYSTEM "file://{secret}">]>', "&x;"),
@@ -107,4 +107,4 @@ def test_entities_are_refused_at_once(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"a\.xml") as caught:
             read_text(tmp_path, f"{declared}<annotation><object><name>{use}</name></object></annotation>")
         assert "swordfish" not in str(caught.value)
-    assert time.process_time() - started < 0.5
+    assert time.perf_counter() - started < 0.5
