@@ -2,7 +2,8 @@
 """Where a run's record goes: CSV files always; TensorBoard, MLflow and Weights & Biases where `train.loggers` says.
 
 Everything is recorded at a step, the number of optimiser steps done. A run that is resumed goes on after the step of
-its saved state: what was recorded beyond it comes again, the same, and is not kept twice.
+its saved state: what was recorded beyond it comes again, the same, and is not kept twice. So does what an epoch's end
+recorded, where that state was saved before the epoch was over.
 """
 
 from __future__ import annotations
@@ -82,9 +83,10 @@ class _Pictures(Logger, Protocol):
 class CSVFiles(Logger):
     """A file a table in the run's folder, its first column the step."""
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, within: bool = False) -> None:
         self.folder = folder
-        self.past = {table: self._cut(self.path(table), step) for table in TABLES}
+        last = {table: step - (within and table != "steps") for table in TABLES}
+        self.past = {table: self._cut(self.path(table), last[table]) for table in TABLES}
 
     def path(self, table: Table) -> Path:
         """The file of a table."""
@@ -304,10 +306,13 @@ class Loggers(Logger):
                 self.console.print(said, style="yellow", highlight=False, markup=False)
 
 
-def open_all(folder: Path, settings: config.Config, step: int, console: Console) -> Loggers:
+def open_all(folder: Path, settings: config.Config, step: int, console: Console, within: bool = False) -> Loggers:
     """The loggers of a run that has done so many steps. Raises UserError where a package is missing or a service can't
-    be reached."""
-    files = CSVFiles(folder, step)
+    be reached.
+
+    within: its epoch is not over: if its evaluation has been recorded, that comes again.
+    """
+    files = CSVFiles(folder, step, within)
     others: list[Logger] = []
     for name in settings.train.loggers:
         try:

@@ -713,7 +713,8 @@ def _loop(run: Run, ends: float, judge: Judge | None) -> Path:
     cfg, console = run.settings.train, run.console
     with distributed.joint():
         if distributed.is_first():
-            run.log = loggers.open_all(run.folder, run.settings, run.schedule.last_epoch, console)
+            within = run.step_in_epoch > 0
+            run.log = loggers.open_all(run.folder, run.settings, run.schedule.last_epoch, console, within)
     processes = f"   {distributed.ranks()} processes" if distributed.ranks() > 1 else ""
     console.print(f"run: {run.folder}   device: {run.device}{processes}   {len(run.loader)} steps an epoch")
     figures: dict[str, Any] = {}

@@ -288,6 +288,26 @@ def test_a_resumed_run_records_what_an_unbroken_one_does(
     assert [e.step for e in seen.Images("samples/1")] == [3, 6, 9]
 
 
+def test_an_evaluation_that_was_recorded_but_not_saved_is_not_recorded_twice(tmp_path: Path) -> None:
+    """Killed after an epoch's row was written and before its state was, which comes again from the state before."""
+    cfg = settings(tmp_path, "train.epochs=3", "train.eval_every=1", "train.loggers=[tensorboard]")
+    whole = train.start(cfg, QUIET)
+
+    def killed(run: train.Run, _figures: dict[str, Any]) -> None:
+        if run.epoch == 2:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train.start(cfg, QUIET, judge=killed)
+    run = tmp_path / "runs" / "ssd_shelf-2"
+    assert [row["epoch"] for row in rows(run / "metrics.csv")] == ["1", "2"]
+    train.resume(run, QUIET)
+    for name in loggers.TABLES:
+        assert untimed(run / f"{name}.csv") == untimed(whole / f"{name}.csv"), name
+    # There it comes twice, at one place.
+    assert [(e.step) for e in events(run).Scalars("metrics/mAP")] == [3, 6, 6, 9]
+
+
 def test_what_older_checkpoints_say_of_tensorboard_is_understood(tmp_path: Path) -> None:
     tree = settings(tmp_path).model_dump(mode="json")
     del tree["train"]["loggers"]
