@@ -62,6 +62,7 @@ SCENES, GOLDEN = 16, 3  # made-up photos that are tried, and kept
 CALIBRATION = 100  # training photos that set the ranges of int8
 BLAMED = 32  # validation photos on which layers are compared
 ROUNDS = 20  # of the latency
+NONSENSE = -1.0  # stands for the mean AP of boxes or scores that can't be
 REFUSED = ".refused.json"  # ends the report of what did not get its name
 
 
@@ -251,10 +252,9 @@ def run(
     with console.status("tracing"):
         network = graph(predictor, {INPUT: torch.zeros(2, 3, *manifest.size, dtype=torch.uint8)})
     exact = manifest.model_copy(update={"precision": "fp32"})
-    files = _files(network, exact, plan.inputs if plan.precision == "fp32" else ("canvas",))
-    names = {kind: _path(path, kind).name for kind in files}
+    files = _files(network, exact, plan.inputs)
     with counting(console, "ONNX Runtime beside torch") as progress:
-        named = {names[kind]: subject for kind, subject in files.items()}
+        named = {_called(path, kind, plan.precision): subject for kind, subject in files.items()}
         report = gate(named, predictor, ground.series, ground.dataset, ground.index, progress)
     console.print(report.table())
     said = _said(report, ground)
@@ -264,8 +264,10 @@ def run(
         network = _coarser(network, manifest, plan, trained, root, ground, report.torch, said, path, console)
         files = _files(network, manifest, plan.inputs)
     written, snippets = list[Path](), list[Path]()
-    for kind, subject in files.items():
-        own = subject.manifest.model_copy(update={"golden": goldens(subject.content, subject.manifest)})
+    proven = [
+        each.manifest.model_copy(update={"golden": goldens(each.content, each.manifest)}) for each in files.values()
+    ]
+    for (kind, subject), own in zip(files.items(), proven, strict=True):
         target = _path(path, kind)
         content = _written(onnx.load_from_string(subject.content), own)
         atomic_write(target, content)
@@ -304,6 +306,12 @@ def _named(source: Path, out: Path | None, precision: Precision) -> Path:
 
 def _path(canvas: Path, kind: Input) -> Path:
     return canvas if kind == "canvas" else canvas.with_name(f"{canvas.stem}-image.onnx")
+
+
+def _called(canvas: Path, kind: Input, precision: Precision) -> str:
+    """What is tried beside torch: the file itself, or what it is in fp32, from which the coarser is made."""
+    name = _path(canvas, kind).name
+    return name if precision == "fp32" else f"{name} in fp32"
 
 
 def _ground(trained: checkpoint.Checkpoint, root: Path | None, manifest: Manifest, most: int) -> _Ground:
@@ -389,12 +397,14 @@ def _coarser(
 
     def measured(model: onnx.ModelProto) -> float:
         subject = Subject(model.SerializeToString(), manifest)
-        with counting(console, f"measuring {plan.precision}") as progress:
+        with counting(console, f"measuring {plan.precision}") as progress, contextlib.suppress(ValueError):
             return measure(subject, ground.series, ground.dataset, ground.index, progress)
+        return NONSENSE
 
     some = [ground.series[0].make(i) for i in _spread(len(ground.index), BLAMED)]
+    least = max(exact - plan.max_ap_drop, 0.0)
     with counting(console, "comparing layers") as progress:
-        fitted = fit(numbers, exact - plan.max_ap_drop, measured, some, manifest, progress)
+        fitted = fit(numbers, least, measured, some, manifest, progress)
     contents = [one.SerializeToString() for one in (network, fitted.model)]
     before, after = latencies(contents, some[0])
     said["precision"] = {
@@ -406,10 +416,11 @@ def _coarser(
         "fp32 parts": list(fitted.spare),
         "changes": dict(fitted.blame),
     }
-    if exact - fitted.value > plan.max_ap_drop:
+    if fitted.value < least:
         worst = ", ".join(f"{name} ({change:.2f})" for name, change in fitted.blame[:3])
+        value = "numbers that can't be" if fitted.value == NONSENSE else f"{fitted.value:.4f}"
         why = (
-            f"{plan.precision} lowers mAP from {exact:.4f} to {fitted.value:.4f}, by more than --max-ap-drop "
+            f"{plan.precision} lowers mAP from {exact:.4f} to {value}, by more than --max-ap-drop "
             f"{plan.max_ap_drop:g}, even with {len(fitted.spare)} of {len(fitted.blame)} parts in fp32; to blame, by "
             f"the share of detections that each alone changes: {worst}"
         )
@@ -421,6 +432,9 @@ def _coarser(
     console.print(table)
     if fitted.spare:
         console.print(f"left in fp32, for they change most: {', '.join(fitted.spare)}", highlight=False)
+    if exact <= plan.max_ap_drop:
+        doubt = f"mAP in fp32 is within --max-ap-drop {plan.max_ap_drop:g} of nothing, so this shows little"
+        console.print(f"{doubt}: check it on photos like those that it was trained on", style="yellow", highlight=False)
     if after > before:
         console.print(f"{plan.precision} is no faster than fp32 on this CPU", style="yellow", highlight=False)
     return fitted.model
