@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from onnxscript import opset18
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ from detkit.console import counting
 from detkit.data import cache, tiles
 from detkit.data.labels import DataSet
 from detkit.errors import UserError
-from detkit.files import atomic_write
+from detkit.files import atomic_write, require_writable
 from detkit.gate import (
     BATCHES,
     IOU,
@@ -242,10 +243,14 @@ def run(
     files. Raises UserError and writes no ONNX file then; where they were refused, NAME.refused.json says why.
     """
     source = checkpoint.find(model)
+    if source.suffix == ".onnx":
+        raise UserError(f"{source}: is exported already: name a run or a checkpoint")
     trained = checkpoint.read(source)
     if plan.nms == "none":
         trained = trained.without_nms()
     path = _named(source, out, plan.precision)
+    for kind in plan.inputs:
+        require_writable(_path(path, kind))
     manifest = trained.manifest().model_copy(update={"precision": plan.precision})
     ground = _ground(trained, root, manifest, plan.photos)
     predictor = trained.predictor().eval()
@@ -425,7 +430,9 @@ def _coarser(
             f"the share of detections that each alone changes: {worst}"
         )
         _refuse(path, said, why)
-    table = Table("", "fp32", plan.precision, title=f"{path.name}, on the CPU, one thread", title_justify="left")
+    table = Table(
+        "", "fp32", plan.precision, title=escape(f"{path.name}, on the CPU, one thread"), title_justify="left"
+    )
     table.add_row("MB", *(f"{len(content) / 1e6:.2f}" for content in contents))
     table.add_row("ms a photo, network and NMS", f"{before:.1f}", f"{after:.1f}")
     table.add_row("mAP", f"{exact:.4f}", f"{fitted.value:.4f}")

@@ -261,6 +261,11 @@ def test_run_exports_a_checkpoint_that_finds_the_same_in_photos(
 
     with pytest.raises(UserError, match=r"name a file that ends in \.onnx"):
         export.run(None, tmp_path / "model", None, Console(file=said))
+    data.with_suffix(".onnx").mkdir()
+    with pytest.raises(UserError, match=r"data\.onnx: can't be written \(Is a directory\)"):
+        export.run(None, data.with_suffix(".onnx"), None, Console(file=said))
+    with pytest.raises(UserError, match="is exported already: name a run"):
+        export.run(str(path), None, None, Console(file=said))
     (data / "ImageSets" / "Main" / "val.txt").write_text("")
     with pytest.raises(UserError, match="val"):
         export.run(None, None, None, Console(file=said))
