@@ -375,9 +375,10 @@ def _say(path: Path, manifest: Manifest, console: Console) -> None:
         "canvas": f"batches on the canvas, uint8 [B, 3, {manifest.size[0]}, {manifest.size[1]}]",
         "image": "one photo of any size, uint8 [height, width, 3]",
     }
+    golden = f"{len(manifest.golden)} golden photos for  detkit verify {path}"
     console.print(
         f"{path}: {path.stat().st_size / 1e6:.1f} MB, {manifest.precision}, takes {takes[manifest.input]}; "
-        f"{len(manifest.golden)} golden photos for  detkit verify {path}",
+        f"{golden if manifest.golden else 'finds nothing in made-up photos, so detkit verify has none to repeat'}",
         highlight=False,
         markup=False,
     )

@@ -409,6 +409,13 @@ def test_names() -> None:
     assert export._path(Path("a/b.onnx"), "image") == Path("a/b-image.onnx")
 
 
+def test_a_file_without_golden_photos_is_not_to_be_verified(tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").touch()
+    said = io.StringIO()
+    export._say(tmp_path / "x.onnx", manifest(RULE), Console(file=said, width=1000))
+    assert "fp32, takes batches on the canvas, uint8 [B, 3, 64, 96]; finds nothing in made-up photos" in said.getvalue()
+
+
 def test_exporting_is_silent(
     honest: bytes, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
