@@ -62,7 +62,7 @@ class Reference(NamedTuple):
     words: str
     side: int
     batch: int
-    build: Callable[[], nn.Module]
+    build: Callable[..., nn.Module]
     config: str
     settings: tuple[str, ...]
 
@@ -71,7 +71,7 @@ SSD = Reference(
     "SSD300-VGG16",
     300,
     2,
-    lambda: ssd300_vgg16(weights=None, weights_backbone=None, num_classes=1 + CLASSES),
+    lambda classes=CLASSES: ssd300_vgg16(weights=None, weights_backbone=None, num_classes=1 + classes),
     "ssd_vgg",
     ("model.select.candidates=1000",),
 )
@@ -79,8 +79,8 @@ RCNN = Reference(
     "Faster R-CNN R50-FPN",
     320,
     2,
-    lambda: fasterrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=1 + CLASSES, min_size=320, max_size=320
+    lambda classes=CLASSES: fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=1 + classes, min_size=320, max_size=320
     ),
     "faster_rcnn_resnet",
     (

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from onnxscript import opset18
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ from detkit.console import counting
 from detkit.data import cache, tiles
 from detkit.data.labels import DataSet
 from detkit.errors import UserError
-from detkit.files import atomic_write
+from detkit.files import atomic_write, require_writable
 from detkit.gate import (
     BATCHES,
     IOU,
@@ -62,6 +63,7 @@ SCENES, GOLDEN = 16, 3  # made-up photos that are tried, and kept
 CALIBRATION = 100  # training photos that set the ranges of int8
 BLAMED = 32  # validation photos on which layers are compared
 ROUNDS = 20  # of the latency
+NONSENSE = -1.0  # stands for the mean AP of boxes or scores that can't be
 REFUSED = ".refused.json"  # ends the report of what did not get its name
 
 
@@ -241,20 +243,23 @@ def run(
     files. Raises UserError and writes no ONNX file then; where they were refused, NAME.refused.json says why.
     """
     source = checkpoint.find(model)
+    if source.suffix == ".onnx":
+        raise UserError(f"{source}: is exported already: name a run or a checkpoint")
     trained = checkpoint.read(source)
     if plan.nms == "none":
         trained = trained.without_nms()
     path = _named(source, out, plan.precision)
+    for kind in plan.inputs:
+        require_writable(_path(path, kind))
     manifest = trained.manifest().model_copy(update={"precision": plan.precision})
     ground = _ground(trained, root, manifest, plan.photos)
     predictor = trained.predictor().eval()
     with console.status("tracing"):
         network = graph(predictor, {INPUT: torch.zeros(2, 3, *manifest.size, dtype=torch.uint8)})
     exact = manifest.model_copy(update={"precision": "fp32"})
-    files = _files(network, exact, plan.inputs if plan.precision == "fp32" else ("canvas",))
-    names = {kind: _path(path, kind).name for kind in files}
+    files = _files(network, exact, plan.inputs)
     with counting(console, "ONNX Runtime beside torch") as progress:
-        named = {names[kind]: subject for kind, subject in files.items()}
+        named = {_called(path, kind, plan.precision): subject for kind, subject in files.items()}
         report = gate(named, predictor, ground.series, ground.dataset, ground.index, progress)
     console.print(report.table())
     said = _said(report, ground)
@@ -264,8 +269,10 @@ def run(
         network = _coarser(network, manifest, plan, trained, root, ground, report.torch, said, path, console)
         files = _files(network, manifest, plan.inputs)
     written, snippets = list[Path](), list[Path]()
-    for kind, subject in files.items():
-        own = subject.manifest.model_copy(update={"golden": goldens(subject.content, subject.manifest)})
+    proven = [
+        each.manifest.model_copy(update={"golden": goldens(each.content, each.manifest)}) for each in files.values()
+    ]
+    for (kind, subject), own in zip(files.items(), proven, strict=True):
         target = _path(path, kind)
         content = _written(onnx.load_from_string(subject.content), own)
         atomic_write(target, content)
@@ -304,6 +311,12 @@ def _named(source: Path, out: Path | None, precision: Precision) -> Path:
 
 def _path(canvas: Path, kind: Input) -> Path:
     return canvas if kind == "canvas" else canvas.with_name(f"{canvas.stem}-image.onnx")
+
+
+def _called(canvas: Path, kind: Input, precision: Precision) -> str:
+    """What is tried beside torch: the file itself, or what it is in fp32, from which the coarser is made."""
+    name = _path(canvas, kind).name
+    return name if precision == "fp32" else f"{name} in fp32"
 
 
 def _ground(trained: checkpoint.Checkpoint, root: Path | None, manifest: Manifest, most: int) -> _Ground:
@@ -362,9 +375,10 @@ def _say(path: Path, manifest: Manifest, console: Console) -> None:
         "canvas": f"batches on the canvas, uint8 [B, 3, {manifest.size[0]}, {manifest.size[1]}]",
         "image": "one photo of any size, uint8 [height, width, 3]",
     }
+    golden = f"{len(manifest.golden)} golden photos for  detkit verify {path}"
     console.print(
         f"{path}: {path.stat().st_size / 1e6:.1f} MB, {manifest.precision}, takes {takes[manifest.input]}; "
-        f"{len(manifest.golden)} golden photos for  detkit verify {path}",
+        f"{golden if manifest.golden else 'finds nothing in made-up photos, so detkit verify has none to repeat'}",
         highlight=False,
         markup=False,
     )
@@ -389,12 +403,14 @@ def _coarser(
 
     def measured(model: onnx.ModelProto) -> float:
         subject = Subject(model.SerializeToString(), manifest)
-        with counting(console, f"measuring {plan.precision}") as progress:
+        with counting(console, f"measuring {plan.precision}") as progress, contextlib.suppress(ValueError):
             return measure(subject, ground.series, ground.dataset, ground.index, progress)
+        return NONSENSE
 
     some = [ground.series[0].make(i) for i in _spread(len(ground.index), BLAMED)]
+    least = max(exact - plan.max_ap_drop, 0.0)
     with counting(console, "comparing layers") as progress:
-        fitted = fit(numbers, exact - plan.max_ap_drop, measured, some, manifest, progress)
+        fitted = fit(numbers, least, measured, some, manifest, progress)
     contents = [one.SerializeToString() for one in (network, fitted.model)]
     before, after = latencies(contents, some[0])
     said["precision"] = {
@@ -406,21 +422,27 @@ def _coarser(
         "fp32 parts": list(fitted.spare),
         "changes": dict(fitted.blame),
     }
-    if exact - fitted.value > plan.max_ap_drop:
+    if fitted.value < least:
         worst = ", ".join(f"{name} ({change:.2f})" for name, change in fitted.blame[:3])
+        value = "numbers that can't be" if fitted.value == NONSENSE else f"{fitted.value:.4f}"
         why = (
-            f"{plan.precision} lowers mAP from {exact:.4f} to {fitted.value:.4f}, by more than --max-ap-drop "
+            f"{plan.precision} lowers mAP from {exact:.4f} to {value}, by more than --max-ap-drop "
             f"{plan.max_ap_drop:g}, even with {len(fitted.spare)} of {len(fitted.blame)} parts in fp32; to blame, by "
             f"the share of detections that each alone changes: {worst}"
         )
         _refuse(path, said, why)
-    table = Table("", "fp32", plan.precision, title=f"{path.name}, on the CPU, one thread", title_justify="left")
+    table = Table(
+        "", "fp32", plan.precision, title=escape(f"{path.name}, on the CPU, one thread"), title_justify="left"
+    )
     table.add_row("MB", *(f"{len(content) / 1e6:.2f}" for content in contents))
     table.add_row("ms a photo, network and NMS", f"{before:.1f}", f"{after:.1f}")
     table.add_row("mAP", f"{exact:.4f}", f"{fitted.value:.4f}")
     console.print(table)
     if fitted.spare:
         console.print(f"left in fp32, for they change most: {', '.join(fitted.spare)}", highlight=False)
+    if exact <= plan.max_ap_drop:
+        doubt = f"mAP in fp32 is within --max-ap-drop {plan.max_ap_drop:g} of nothing, so this shows little"
+        console.print(f"{doubt}: check it on photos like those that it was trained on", style="yellow", highlight=False)
     if after > before:
         console.print(f"{plan.precision} is no faster than fp32 on this CPU", style="yellow", highlight=False)
     return fitted.model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -41,6 +42,20 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     """Write `data` (text as UTF-8) to `path` as an `atomic_file`."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def require_writable(path: Path) -> None:
+    """Raise UserError where no file can be written there: asked before work that takes long. Missing parent folders are
+    made."""
+    probe = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror or error})") from None
 
 
 def require_free(out: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from torchvision.ops import box_iou
@@ -226,7 +227,7 @@ class Report:
                 f"{check.box:.1g}",
                 f"{check.score:.1g}",
             )
-            table.add_row(check.file, check.series, *map(str, figures), style="red" if check.wrong else None)
+            table.add_row(escape(check.file), check.series, *map(str, figures), style="red" if check.wrong else None)
         return table
 
 

@@ -79,9 +79,14 @@ class _Reduced:
         """A copy in coarser numbers, but for the layers of the groups `spare`."""
         raise NotImplementedError
 
+    def stand_ins(self, spare: Collection[str] = ()) -> list[onnx.ModelProto]:
+        """What has to be as good, where this processor doesn't compute `reduced(spare)` as those do that it is for."""
+        del spare
+        return []
+
 
 class Half(_Reduced):
-    """A model that can be had in fp16: its network, not its input, decoding, selection and outputs.
+    """A model that can be had in fp16: its network, not its input, normalising, decoding, selection and outputs.
 
     RoiAlign stays fp32, for it takes the boxes in the numbers of the features.
     """
@@ -91,48 +96,72 @@ class Half(_Reduced):
 
     def reduced(self, spare: Collection[str] = ()) -> onnx.ModelProto:
         """See _Reduced."""
-        fixed = {node.name for node in self.model.graph.node if node.op_type in ("RoiAlign", "MaxRoiPool")}
-        return _half(self.model, _features(self.model) - fixed - self._left(spare))
+        return _half(self.model, self._chosen(spare))
+
+    def stand_ins(self, spare: Collection[str] = ()) -> list[onnx.ModelProto]:
+        """The network in fp32 with each tensor rounded to fp16. A CPU takes nodes in fp16 in fp32 and rounds nothing
+        between two of them: what overflows on a GPU would look right."""
+        return [_half(self.model, self._chosen(spare), rounding=True)]
+
+    def _chosen(self, spare: Collection[str]) -> set[str]:
+        """Layers, and what lies between them where all that it takes is fp16: so normalising is not, and what follows
+        a layer that is left in fp32 can't overflow either."""
+        features, layers = _features(self.model), {node.name for node in _layers(self.model)} - self._left(spare)
+        weights = {tensor.name for tensor in self.model.graph.initializer}
+        chosen, made = set[str](), set[str]()
+        for node in self.model.graph.node:  # in the order in which they compute
+            takes = {*list(node.input)[_CARRIES[node.op_type]]} - weights
+            between = node.name in features and node.op_type not in (*_LAYERS, "Cast", "RoiAlign", "MaxRoiPool")
+            if node.name in layers or (between and takes and takes <= made):
+                chosen.add(node.name)
+                made.update(node.output)
+        return chosen
 
 
-def _half(model: onnx.ModelProto, chosen: Collection[str]) -> onnx.ModelProto:
-    """A copy of the model whose nodes of those names compute in fp16."""
+def _half(model: onnx.ModelProto, chosen: Collection[str], *, rounding: bool = False) -> onnx.ModelProto:
+    """A copy of the model whose nodes of those names compute in fp16; rounding: in fp32, on what fp16 can hold."""
     model = copy.deepcopy(model)
     graph = model.graph
     floats = _floats(model)
-    weights = {tensor.name: tensor for tensor in graph.initializer}
     inside = {name for node in graph.node if node.name in chosen for name in node.output if name in floats}
-    nodes: list[onnx.NodeProto] = []
-    done: dict[tuple[str, int], str] = {}
-
-    def cast(name: str, kind: int) -> str:
-        """The tensor as the other kind of number, made once."""
-        if (name, kind) not in done:
-            done[name, kind] = new = f"{name}/{'half' if kind == TensorProto.FLOAT16 else 'float'}"
-            if name in weights:
-                graph.initializer.append(numpy_helper.from_array(_to_half(weights[name]), new))
-            else:
-                nodes.append(helper.make_node("Cast", [name], [new], f"{new}/cast", to=kind))
-        return done[name, kind]
-
+    casts = _Casts(graph)
     for node in graph.node:
         # Resize has sizes and scales of their own kind behind the features.
         places = range(1 if node.op_type == "Resize" else len(node.input))
         for at in (at for at in places if node.input[at] in floats):
-            name = node.input[at]
-            if node.name in chosen and name not in inside:
-                node.input[at] = cast(name, TensorProto.FLOAT16)
-            elif node.name not in chosen and name in inside:
-                node.input[at] = cast(name, TensorProto.FLOAT)
-        if node.name in chosen and node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT:
-            node.attribute[0].i = TensorProto.FLOAT16
-        nodes.append(node)
-    used = {name for node in nodes for name in node.input}
+            here, there = node.name in chosen, node.input[at] in inside
+            if rounding and (here or there):
+                node.input[at] = casts.of(casts.of(node.input[at], TensorProto.FLOAT16), TensorProto.FLOAT)
+            elif here != there:
+                node.input[at] = casts.of(node.input[at], TensorProto.FLOAT16 if here else TensorProto.FLOAT)
+        casts.nodes.append(node)
+    used = {name for node in casts.nodes for name in node.input}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    for field, content in ((graph.node, nodes), (graph.initializer, kept), (graph.value_info, [])):
+    for field, content in ((graph.node, casts.nodes), (graph.initializer, kept), (graph.value_info, [])):
         del field[:]
         field.extend(content)
     return model
+
+
+class _Casts:
+    """`nodes`, in the order in which they compute, and among them those that make other numbers of tensors, each once.
+    Weights are turned here."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self._graph = graph
+        self._weights = {tensor.name: tensor for tensor in graph.initializer}
+        self._made: dict[tuple[str, int], str] = {}
+
+    def of(self, name: str, kind: int) -> str:
+        """The name of the tensor as that kind of number, fp16 or fp32."""
+        if (name, kind) not in self._made:
+            self._made[name, kind] = new = f"{name}/{'half' if kind == TensorProto.FLOAT16 else 'float'}"
+            if name in self._weights:
+                self._graph.initializer.append(numpy_helper.from_array(_to_half(self._weights[name]), new))
+            else:
+                self.nodes.append(helper.make_node("Cast", [name], [new], f"{new}/cast", to=kind))
+        return self._made[name, kind]
 
 
 def _to_half(tensor: onnx.TensorProto) -> NDArray[np.float16]:
@@ -263,19 +292,21 @@ def fit(
 
     photos: on which the groups are compared, each by itself. progress: of that.
     """
-    tried = Fit(numbers.reduced(), 0.0)
-    tried = best = tried._replace(value=measure(tried.model))
-    if tried.value >= least:
-        return tried
+
+    def tried(spare: tuple[str, ...], blame: tuple[tuple[str, float], ...] = ()) -> Fit:
+        model = numbers.reduced(spare)
+        return Fit(model, min(map(measure, [model, *numbers.stand_ins(spare)])), spare, blame)
+
+    best = tried(())
+    if best.value >= least:
+        return best
     blame = _blame(numbers, photos, manifest, progress)
     count = 1
     while count <= len(blame) // 2:
-        spare = tuple(name for name, _ in blame[:count])
-        model = numbers.reduced(spare)
-        tried = Fit(model, measure(model), spare, blame)
-        if tried.value >= least:
-            return tried
-        best = max(best, tried, key=lambda one: one.value)
+        one = tried(tuple(name for name, _ in blame[:count]), blame)
+        if one.value >= least:
+            return one
+        best = max(best, one, key=lambda fit: fit.value)
         count *= 2
     return best._replace(blame=blame)
 
@@ -293,7 +324,8 @@ def _blame(
     changes = []
     for done, group in enumerate(numbers.groups, 1):
         others = [name for name in numbers.groups if name != group]
-        found = _found(numbers.reduced(others), photos, manifest)
+        *_, model = numbers.reduced(others), *numbers.stand_ins(others)
+        found = _found(model, photos, manifest)
         changes.append((group, 1 - float(metrics.coco_ap(truth, found, names)["mAP"])))
         if progress:
             progress(done, len(numbers.groups))

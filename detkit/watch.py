@@ -220,17 +220,20 @@ class Seen:
     def __init__(self, histograms: bool) -> None:
         self._wanted = histograms
         self.histograms: dict[str, Histogram] = {}
-        self._layers: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # least, largest and summed value of each channel
+        # Least, largest and summed value of each channel, by layer and number of channels.
+        self._layers: dict[tuple[str, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def note(self, layer: str, output: Tensor) -> None:
-        """Note a layer's output, [B, C, h, w] or [N, C]; one that is used on many maps is one layer."""
+        """Note a layer's output, [B, C, h, w] or [N, C]; one that is used on many maps is one layer, but for maps with
+        other numbers of channels, as a ResNet50's blocks have."""
         others = [axis for axis in range(output.ndim) if axis != 1]
         output = output.detach().float()
         low, high, total = output.amin(others), output.amax(others), output.sum(others)
-        if layer in self._layers:
-            before = self._layers[layer]
+        key = layer, output.shape[1]
+        if key in self._layers:
+            before = self._layers[key]
             low, high, total = torch.minimum(before[0], low), torch.maximum(before[1], high), before[2] + total
-        self._layers[layer] = low, high, total
+        self._layers[key] = low, high, total
         if self._wanted and f"activations/{layer}" not in self.histograms:
             self.histograms[f"activations/{layer}"] = _histogram(output)
 
@@ -241,7 +244,7 @@ class Seen:
         activations."""
         dead, channels, alike = dict.fromkeys(GROUPS, 0), dict.fromkeys(GROUPS, 0), 0
         most = math.nan
-        for layer, (low, high, total) in self._layers.items():
+        for (layer, _), (low, high, total) in self._layers.items():
             still = high - low <= _STILL * torch.maximum(high.abs(), low.abs()).max()
             live = torch.stack([low, high, total], 1)[~still]
             live = (live / live.abs().amax(0, keepdim=True).clamp(min=1e-30) / _ALIKE).round() if len(live) else live

@@ -261,6 +261,11 @@ def test_run_exports_a_checkpoint_that_finds_the_same_in_photos(
 
     with pytest.raises(UserError, match=r"name a file that ends in \.onnx"):
         export.run(None, tmp_path / "model", None, Console(file=said))
+    data.with_suffix(".onnx").mkdir()
+    with pytest.raises(UserError, match=r"data\.onnx: can't be written \(Is a directory\)"):
+        export.run(None, data.with_suffix(".onnx"), None, Console(file=said))
+    with pytest.raises(UserError, match="is exported already: name a run"):
+        export.run(str(path), None, None, Console(file=said))
     (data / "ImageSets" / "Main" / "val.txt").write_text("")
     with pytest.raises(UserError, match="val"):
         export.run(None, None, None, Console(file=said))
@@ -402,6 +407,13 @@ def test_names() -> None:
     assert export._named(source, None, "int8") == Path("runs/x-1/best-int8.onnx")
     assert export._named(source, Path("a/b-image.onnx"), "int8") == Path("a/b.onnx")
     assert export._path(Path("a/b.onnx"), "image") == Path("a/b-image.onnx")
+
+
+def test_a_file_without_golden_photos_is_not_to_be_verified(tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").touch()
+    said = io.StringIO()
+    export._say(tmp_path / "x.onnx", manifest(RULE), Console(file=said, width=1000))
+    assert "fp32, takes batches on the canvas, uint8 [B, 3, 64, 96]; finds nothing in made-up photos" in said.getvalue()
 
 
 def test_exporting_is_silent(

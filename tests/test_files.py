@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from detkit.errors import UserError
-from detkit.files import atomic_write, next_folder
+from detkit.files import atomic_write, next_folder, require_writable
 
 
 def test_writes_bytes_and_text_and_makes_folders(tmp_path: Path) -> None:
@@ -27,6 +27,17 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypa
     with pytest.raises(UserError, match=r"x: can't be written \(No space left on device\)"):
         atomic_write(target, b"new")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"x": b"old"}
+
+
+def test_whether_a_file_can_be_written_is_known_before(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"old")
+    for path in (tmp_path / "a" / "b" / "x", tmp_path / "f"):
+        require_writable(path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "f"]
+    assert (tmp_path / "f").read_bytes() == b"old"
+    for path in (tmp_path / "a", tmp_path / "f" / "x"):
+        with pytest.raises(UserError, match=rf"{path.name}: can't be written \("):
+            require_writable(path)
 
 
 def test_next_folder_counts_on_from_the_highest(tmp_path: Path) -> None:

@@ -88,10 +88,41 @@ def test_fp16_keeps_decoding_and_ends(network: onnx.ModelProto) -> None:
     for node in half.graph.node:
         if node.op_type in float_only:
             assert not halves & set(node.input), node.name
+    normalised = next(node for node in network.graph.node if node.input[0] == "sub").output[0]
+    assert normalised not in halves
+    assert f"{normalised}/half" in halves
     assert kinds.keys() <= {node.name for node in half.graph.node}
     for ours, theirs in zip(run(half, np.stack(canvases(3))), run(network, np.stack(canvases(3))), strict=True):
         assert ours.shape == theirs.shape
         assert ours.dtype == theirs.dtype
+
+
+def test_what_fp16_can_not_hold_is_seen_on_a_cpu_too() -> None:
+    """ONNX Runtime's CPU takes nodes in fp16 in fp32, and so gives what no GPU gives."""
+    large = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 18]>
+        large (uint8[batch, 3, 8, 8] images) => (float[batch, 1, 8, 8] y) {
+            pixels = Cast<to=1>(images)
+            x = Conv(pixels, first)
+            z = Relu(x)
+            end = Conv(z, second)
+            y = Identity(end)
+        }""")
+    for number, (node, gain) in enumerate(zip(large.graph.node, (0, 1e4, 0, 1e-4, 0), strict=True)):
+        node.name = f"{number}"
+        if gain:
+            node.input[1] = f"detector.{number}.weight"
+            weight = np.full((1, 3 if number == 1 else 1, 1, 1), gain, np.float32)
+            large.graph.initializer.append(onnx.numpy_helper.from_array(weight, node.input[1]))
+    numbers, batch = Half(large), np.full((1, 3, 8, 8), 200, np.uint8)
+    (wanted,) = run(large, batch)
+    assert wanted == pytest.approx(600, rel=1e-3)
+    for spare, right in [((), False), (("1",), False), (("1", "3"), True)]:
+        (stand_in,) = numbers.stand_ins(spare)
+        (found,) = run(stand_in, batch)
+        assert (found == pytest.approx(wanted, rel=1e-2)) == right, spare
+    black = np.full((1, 3, 8, 8), 1, np.uint8)  # which fp16 can hold
+    for model in (numbers.reduced(), *numbers.stand_ins()):
+        assert run(model, black)[0] == pytest.approx(run(large, black)[0], rel=2e-3)
 
 
 def test_int8_is_u8s8_a_channel_and_leaves_the_heads_outputs(network: onnx.ModelProto) -> None:
@@ -137,6 +168,9 @@ class Numbers:
 
     def reduced(self, spare: tuple[str, ...] = ()) -> tuple[str, ...]:
         return tuple(sorted(set(self.groups) - set(spare)))
+
+    def stand_ins(self, spare: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+        return []
 
 
 COSTS = {"a": 0.0, "b": 0.1, "c": 0.02, "d": 0.01}
@@ -200,7 +234,12 @@ def test_accepted_within_the_budget(precision: str, run_folder: Path, tmp_path: 
     files = export.run(str(run_folder), tmp_path / "m.onnx", None, Console(file=said, width=500), plan)
     assert [path.name for path in files] == ["m.onnx", "m-image.onnx"]
     assert "mAP" in said.getvalue()
-    report = json.loads((tmp_path / "m.report.json").read_text())["precision"]
+    assert "shows little: check it on photos" in said.getvalue()  # with random weights
+    report = json.loads((tmp_path / "m.report.json").read_text())
+    tried = {check["file"] for check in report["checks"]}
+    assert tried == report["mAP"].keys() - {"torch"} == {"m.onnx in fp32", "m-image.onnx in fp32"}
+    assert report["files"].keys() == {"m.onnx", "m-image.onnx"}
+    report = report["precision"]
     assert report["precision"] == precision
     assert report["bytes"][1] < report["bytes"][0] * (0.6 if precision == "fp16" else 0.7)
     photo = scene(0, SIZE)

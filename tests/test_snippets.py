@@ -81,7 +81,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def photos(folder: Path) -> list[Path]:
-    """Wide, tall, tiny and turned ones, smaller and larger than the canvas."""
+    """Wide, tall, tiny, turned and transparent ones, smaller and larger than the canvas."""
     rng = np.random.default_rng(0)
     paths = []
     for number, (height, width, orientation) in enumerate([(50, 301, 1), (333, 90, 6), (64, 96, 1), (3, 5, 3)]):
@@ -89,6 +89,8 @@ def photos(folder: Path) -> list[Path]:
         exif = Image.Exif()
         exif[0x0112] = orientation
         paths.append(folder / f"{number}.png")
+        if number == 1:
+            coarse.putalpha(Image.linear_gradient("L").resize(coarse.size))
         coarse.save(paths[-1], exif=exif)
     return paths
 

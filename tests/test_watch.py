@@ -231,6 +231,17 @@ def test_dead_and_like_channels_are_counted_and_looking_changes_nothing(tmp_path
     assert seen(run.detector, images)["dead_backbone"] == 1
 
 
+def test_one_activation_behind_layers_of_several_widths_is_seen_behind_each() -> None:
+    """As in a ResNet50's blocks, whose ReLU follows 64, 64 and 256 channels."""
+    noted = watch.Seen(histograms=True)
+    live = torch.rand(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    for output in (live, torch.zeros(2, 12, 3, 3), live):
+        noted.note("backbone.relu", output)
+    assert noted.shares["dead_backbone"] == 12 / 16
+    assert noted.shares["dead_most"] == 1
+    assert list(noted.histograms) == ["activations/backbone.relu"]
+
+
 def test_curves_are_those_whose_area_is_ap() -> None:
     rng = np.random.default_rng(0)
     records, found = [], []

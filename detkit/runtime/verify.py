@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from detkit import geometry
@@ -112,7 +113,7 @@ def run(path: Path, device: str, threads: int, console: Console) -> bool:
             f"{path}: holds no golden photos to repeat (exported by detkit {manifest.detkit}); export it again"
         )
     tolerance = _tolerance(manifest, session.device)
-    table = Table("made-up photo", title=_title(path, manifest), title_justify="left")
+    table = Table("made-up photo", title=escape(_title(path, manifest)), title_justify="left")
     for name in ("detections", "lost", "more", "boxes, px", "scores", ""):
         table.add_column(name, justify="right")
     right = True

@@ -89,8 +89,10 @@ def said(path: Path) -> tuple[bool, str]:
 
 
 def test_a_file_that_finds_what_it_should(make_model: Make) -> None:
-    right, text = said(model(make_model))
+    path = model(make_model)
+    right, text = said(path.rename(path.with_name("[a] model.onnx")))
     assert right
+    assert text.startswith("[a] model.onnx: ")
     assert "finds here, on cpu, what it found where it was exported" in text
 
 
