@@ -274,7 +274,7 @@ def _settings(config_name: str | None, init: str | None, sets: Sequence[str]) ->
 
 MeasuredOption = Annotated[
     str | None,
-    typer.Argument(help="a run, a checkpoint, an .onnx, or detections as .json or .jsonl; default: the newest run"),
+    typer.Argument(help="a run, a checkpoint, an .onnx, or detections as .json, .jsonl, .csv; default: the newest run"),
 ]
 DataOption = Annotated[Path | None, typer.Option(help="another data set's folder")]
 SplitOption = Annotated[str | None, typer.Option(help="default: the run's validation split")]
@@ -899,7 +899,7 @@ def show(
 def diff(
     path: Annotated[Path, typer.Argument(help="the data set's folder")],
     detections: Annotated[
-        Path, typer.Argument(help="a folder of  detkit predict --format jsonl , JSON lines, or COCO results")
+        Path, typer.Argument(help="a folder of  detkit predict --format jsonl , or detections as .json, .jsonl or .csv")
     ],
     split: Annotated[str, typer.Option(help="which photos; 'all': every one that the detections are of")] = "all",
     score: Annotated[float, typer.Option(min=0, max=1, help="lowest score that counts")] = 0.0,
