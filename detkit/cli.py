@@ -306,6 +306,9 @@ def evaluate(
     suspects: Annotated[
         Path | None, typer.Option(help="a new folder for VOC XML of photos whose labels may be wrong")
     ] = None,
+    iou: Annotated[
+        list[float] | None, typer.Option(min=0.05, max=1, help="AP and AR at this IoU too (may be repeated)")
+    ] = None,
     resamples: ResamplesOption = 1000,
     speed: SpeedOption = True,
     nms: NmsOption = "hard",
@@ -316,7 +319,7 @@ def evaluate(
 
     where = Where(data, split, file_format, ids, class_agnostic, device, nms)
     files = assess.Files(json_file, markdown, html, suspects)
-    assess.run(model, where, _console(), files, resamples=resamples, timed=speed)
+    assess.run(model, where, _console(), files, resamples=resamples, timed=speed, ious=iou or ())
 
 
 @app.command()

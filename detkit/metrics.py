@@ -118,6 +118,24 @@ def _known(values: Floats) -> float | None:
     return _mean(values) if np.isfinite(values).any() else None
 
 
+def by_iou(pool: Pool, ious: Sequence[float] = IOUS) -> list[dict[str, Any]]:
+    """The same at each IoU alone: `iou`; AP and AR, AP_small and so on by area, None where it has no object; VOC_AP, as
+    `voc` has it; per_class: name -> AP, None where it has no object."""
+    result = coco(pool, matches.match(pool, ious, tuple(AREAS.values())))
+    rows = []
+    for place, iou in enumerate(ious):
+        row: dict[str, Any] = {"iou": round(iou, 4)}
+        for area, name in enumerate(AREAS):
+            size = f"_{name}" if area else ""
+            row[f"AP{size}"], row[f"AR{size}"] = (
+                _known(each[area, place]) for each in (result.precision, result.recall)
+            )
+        ap = result.precision[0, place].mean(0)
+        per_class = {name: _known(value) for name, value in zip(pool.classes, ap, strict=True)}
+        rows.append({**row, "VOC_AP": pooled_mean(voc(pool, iou)), "per_class": per_class})
+    return rows
+
+
 def curves(pool: Pool, state: NDArray[np.int8]) -> dict[str, Floats]:
     """COCO's precision of each class that has objects at `RECALLS` recalls: float64 [RECALLS]. state: int8 [N]."""
     objects = pool.objects().sum(0)

@@ -145,6 +145,26 @@ def test_other_ious_and_limits_are_pycocotools() -> None:
     assert got["AR"] == pytest.approx(wanted.eval["recall"][..., 0, -1].mean(), abs=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1, 3])
+def test_each_iou_by_itself_is_pycocotools_by_class_and_size_too(scale: int) -> None:
+    records, detections = random_photos(1, scale=scale)
+    ious = (0.3, 0.5, 0.62, 0.95)
+    wanted = direct(records, detections, ious, 100).eval
+    for place, row in enumerate(metrics.by_iou(matches.pool(records, detections, NAMES), ious)):
+        assert row["iou"] == ious[place]
+        for area, size in enumerate(("", "_small", "_medium", "_large")):
+            for name, table in (
+                ("AP", wanted["precision"][place, :, :, area]),
+                ("AR", wanted["recall"][place, :, area]),
+            ):
+                known = table[table > -1]
+                assert row[f"{name}{size}"] == (pytest.approx(known.mean(), abs=1e-9) if known.size else None)
+        own = wanted["precision"][place, :, :, 0, -1].mean(0)
+        assert list(row["per_class"].values()) == pytest.approx(own.tolist(), abs=1e-9)
+        voc = metrics.voc_ap(records, detections, NAMES, ious[place])
+        assert row["VOC_AP"] == metrics.pooled_mean(voc)
+
+
 def test_pairs_are_looked_at_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     records, detections = random_photos(2, (0, CROWD))
     whole = metrics.coco_ap(records, detections, NAMES)

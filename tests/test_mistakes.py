@@ -117,6 +117,17 @@ def test_the_rows_of_the_confusion_are_the_objects(seed: int) -> None:
     assert errors == sorted(errors, reverse=True)
 
 
+def test_the_worst_photos_are_those_of_each_class_too() -> None:
+    """Class 2 is missed in one photo, with fewer errors than all others."""
+    many = [record((A, 0, 0), (B, 0, 0), (C, 1, 0))] * 3
+    records = [*many, record((A, 2, 0)), record((A, 0, 0))]
+    pool = matches.pool(records, [found()] * 4 + [found((A, 0, 0.9))], NAMES)
+    confused = mistakes.confusion(pool, LEVEL)
+    assert [each.place for each in mistakes.worst(pool, confused, 2, 0)] == [0, 1]
+    assert [each.place for each in mistakes.worst(pool, confused, 1, 2)] == [0, 1, 3]
+    assert [each.place for each in mistakes.worst(pool, confused)] == [0, 1, 2, 3]
+
+
 def test_doubtful_labels_and_their_xml(tmp_path: Path) -> None:
     records = [record((A, 0, 0), (B, 1, 0)), record((C, 2, 0)), record((A, 0, 0))]
     detections = [
