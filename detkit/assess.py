@@ -78,7 +78,8 @@ def assess(
     confused = mistakes.confusion(pool, score)
     suspects = mistakes.suspects(pool, split, score)
     figures |= metrics.count_figures(model.counted)
-    figures["intervals"] = metrics.intervals(metrics.resamples([model], resamples)[0]) if resamples else {}
+    drawn = metrics.resamples([model], resamples)[0] if resamples else {}
+    figures["intervals"] = metrics.intervals(drawn, figures)
     figures["tide"] = {name: {"AP": split.costs[name], "number": split.numbers[name]} for name in mistakes.KINDS}
     figures["look_alikes"] = [each._asdict() for each in mistakes.look_alikes(confused.table, pool.classes)]
     figures["confusion"] = {"classes": [*pool.classes, "background"], "table": confused.table.tolist()}
@@ -218,7 +219,7 @@ def compare(
         found.append(assess(source, resamples=0, speeds=_speed(source, where) if timed else None))
     drawn = metrics.resamples([each.model for each in found], resamples)
     for each, own in zip(found, drawn, strict=True):
-        each.figures["intervals"] = metrics.intervals(own)
+        each.figures["intervals"] = metrics.intervals(own, each.figures)
     names = _names([each.source for each in found])
     verdicts = []
     for place in range(1, len(found)):

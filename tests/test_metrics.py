@@ -468,12 +468,28 @@ def test_chance_alone_is_seldom_significant() -> None:
     assert small <= 4
 
 
+def test_intervals_hold_the_figure_of_all_photos_as_often_as_they_say() -> None:
+    """30 of 600 photos, drawn 40 times. AP is too high in few photos, and higher yet in photos drawn from these."""
+    pool = matches.pool(*random_photos(5, count=600), NAMES)
+    truth = metrics.of_pool(pool) | metrics.count_figures(metrics.scored(pool, np.full(3, 0.5)).counted)
+    held: dict[str, int] = dict.fromkeys(("mAP", "mAP50", "f1", "count_MAE"), 0)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        model = metrics.scored(pool.of_photos(rng.permutation(600) < 30), np.full(3, 0.5))
+        figures = metrics.of_pool(model.pool) | metrics.count_figures(model.counted)
+        found = metrics.intervals(metrics.resamples([model], 200)[0], figures)
+        for name in held:
+            held[name] += found[name][0] <= truth[name] <= found[name][1]
+    assert min(held.values()) >= 36, held  # 38 of 40 are 95 %
+
+
 def test_intervals_hold_the_figure_and_shrink_with_the_photos() -> None:
     widths = []
     for count in (30, 270):
         records, detections = random_photos(5, count=count)
         model = metrics.scored(matches.pool(records, detections, NAMES), np.full(3, 0.5))
-        low, high = metrics.intervals(metrics.resamples([model], 400)[0])["recall"]
-        assert low < metrics.count_figures(model.counted)["recall"] < high
+        figures = metrics.of_pool(model.pool) | metrics.count_figures(model.counted)
+        low, high = metrics.intervals(metrics.resamples([model], 400)[0], figures)["recall"]
+        assert low < figures["recall"] < high
         widths.append(high - low)
     assert 2 < widths[0] / widths[1] < 4.5  # nine times the photos: a third
