@@ -1,4 +1,4 @@
-"""Kinds of error by hand, after Bolya 2020; confusion, look-alikes, worst photos and doubtful labels."""
+"""Kinds of error by hand and by TIDE's own code (Bolya 2020); confusion, look-alikes, worst photos, doubtful labels."""
 
 from __future__ import annotations
 
@@ -75,6 +75,22 @@ def test_missed_objects_are_those_that_no_error_is_about() -> None:
     assert split.ap == pytest.approx(51 / 101)
     assert split.costs["missed"] == pytest.approx(50 / 101)
     assert split.costs["background"] == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("seed", "numbers", "costs"),
+    [
+        (0, [54, 27, 16, 17, 1, 20], [0.3101, 0.0983, 0.0168, 0.0113, 0.0002, 0.0471]),
+        (1, [70, 14, 12, 17, 0, 16], [0.4373, 0.0572, 0.0116, 0.0089, 0.0, 0.0332]),
+        (2, [69, 28, 14, 24, 2, 21], [0.3411, 0.0966, 0.0137, 0.0221, 0.0041, 0.0298]),
+        (7, [73, 33, 8, 19, 0, 14], [0.3957, 0.1228, 0.0099, 0.0058, 0.0, 0.0217]),
+    ],
+)
+def test_the_kinds_are_those_of_tides_own_code(seed: int, numbers: list[int], costs: list[float]) -> None:
+    """What tidecv 1.0.1 says of these photos."""
+    split = mistakes.tide(matches.pool(*random_photos(seed, count=30), NAMES))
+    assert list(split.numbers.values()) == numbers
+    assert list(split.costs.values()) == pytest.approx(costs, abs=6e-5)
 
 
 @pytest.mark.parametrize("seed", range(4))
