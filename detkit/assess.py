@@ -17,7 +17,7 @@ from rich.text import Text
 from detkit import imaging, matches, metrics, mistakes, report, sources, speed, thresholds
 from detkit.errors import UserError
 from detkit.evaluate import table
-from detkit.files import atomic_write
+from detkit.files import atomic_write, require_free
 from detkit.matches import HIT, Floats, Pool
 from detkit.mistakes import Confusion, Suspect, Tide
 from detkit.sources import Source, Where
@@ -54,12 +54,21 @@ class Assessment:
     figures: dict[str, Any]
 
 
-def assess(source: Source, *, resamples: int = metrics.RESAMPLES, speeds: speed.Speed | None = None) -> Assessment:
-    """Measure everything. resamples: of the photos, for intervals; 0: none."""
+def assess(
+    source: Source,
+    *,
+    resamples: int = metrics.RESAMPLES,
+    speeds: speed.Speed | None = None,
+    ious: Sequence[float] = (),
+) -> Assessment:
+    """Measure everything. resamples: of the photos, for intervals; 0: none. ious: at which AP and AR are measured,
+    besides COCO's."""
     pool, decision = source.pool(), source.decision
     if decision:
         pool = thresholds.rescored(pool, decision)
     figures = metrics.brief(pool)
+    levels = {round(iou, 4): iou for iou in (*ious, *metrics.IOUS)}  # 0.9 is COCO's, which is less by a last digit
+    figures["by_iou"] = metrics.by_iou(pool, [levels[iou] for iou in sorted(levels)])
     near = matches.pairs(pool, 0.5)
     figures["VOC_AP50_2007"] = metrics.pooled_mean(metrics.voc(pool, eleven=True, near=near))
     alike = np.full(len(pool.classes), figures["score"])
@@ -69,7 +78,8 @@ def assess(source: Source, *, resamples: int = metrics.RESAMPLES, speeds: speed.
     confused = mistakes.confusion(pool, score)
     suspects = mistakes.suspects(pool, split, score)
     figures |= metrics.count_figures(model.counted)
-    figures["intervals"] = metrics.intervals(metrics.resamples([model], resamples)[0]) if resamples else {}
+    drawn = metrics.resamples([model], resamples)[0] if resamples else {}
+    figures["intervals"] = metrics.intervals(drawn, figures)
     figures["tide"] = {name: {"AP": split.costs[name], "number": split.numbers[name]} for name in mistakes.KINDS}
     figures["look_alikes"] = [each._asdict() for each in mistakes.look_alikes(confused.table, pool.classes)]
     figures["confusion"] = {"classes": [*pool.classes, "background"], "table": confused.table.tolist()}
@@ -139,15 +149,18 @@ def run(
     *,
     resamples: int = metrics.RESAMPLES,
     timed: bool = True,
+    ious: Sequence[float] = (),
 ) -> dict[str, Any]:
     """``detkit eval``: print the figures of a run, a checkpoint, an .onnx file or detections in a file, on a split, and
-    write them where asked. timed: its speed too. Raises UserError."""
+    write them where asked. timed: its speed too. ious: at which AP and AR are printed as well. Raises UserError."""
     files = files or Files()
+    if files.suspects:
+        require_free(files.suspects)
     source = sources.measured(model, where, console)
-    found = assess(source, resamples=resamples, speeds=_speed(source, where) if timed else None)
+    found = assess(source, resamples=resamples, speeds=_speed(source, where) if timed else None, ious=ious)
     figures = found.figures
     console.print(table(figures, f"{source.path} on {source.root}, {source.split}"))
-    console.print(*report.lines(figures), sep="\n", highlight=False, markup=False)
+    console.print(*report.lines(figures, ious), sep="\n", highlight=False, markup=False)
     if files.suspects:
         mistakes.write_suspects(files.suspects, found.suspects, source.records, source.names, source.classes)
     _write(files, figures, report.markdown, lambda path: report.write(path, found), console)
@@ -206,7 +219,7 @@ def compare(
         found.append(assess(source, resamples=0, speeds=_speed(source, where) if timed else None))
     drawn = metrics.resamples([each.model for each in found], resamples)
     for each, own in zip(found, drawn, strict=True):
-        each.figures["intervals"] = metrics.intervals(own)
+        each.figures["intervals"] = metrics.intervals(own, each.figures)
     names = _names([each.source for each in found])
     verdicts = []
     for place in range(1, len(found)):

@@ -274,7 +274,7 @@ def _settings(config_name: str | None, init: str | None, sets: Sequence[str]) ->
 
 MeasuredOption = Annotated[
     str | None,
-    typer.Argument(help="a run, a checkpoint, an .onnx, or detections as .json or .jsonl; default: the newest run"),
+    typer.Argument(help="a run, a checkpoint, an .onnx, or detections as .json, .jsonl, .csv; default: the newest run"),
 ]
 DataOption = Annotated[Path | None, typer.Option(help="another data set's folder")]
 SplitOption = Annotated[str | None, typer.Option(help="default: the run's validation split")]
@@ -306,6 +306,9 @@ def evaluate(
     suspects: Annotated[
         Path | None, typer.Option(help="a new folder for VOC XML of photos whose labels may be wrong")
     ] = None,
+    iou: Annotated[
+        list[float] | None, typer.Option(min=0.05, max=1, help="AP and AR at this IoU too (may be repeated)")
+    ] = None,
     resamples: ResamplesOption = 1000,
     speed: SpeedOption = True,
     nms: NmsOption = "hard",
@@ -316,7 +319,7 @@ def evaluate(
 
     where = Where(data, split, file_format, ids, class_agnostic, device, nms)
     files = assess.Files(json_file, markdown, html, suspects)
-    assess.run(model, where, _console(), files, resamples=resamples, timed=speed)
+    assess.run(model, where, _console(), files, resamples=resamples, timed=speed, ious=iou or ())
 
 
 @app.command()
@@ -899,7 +902,7 @@ def show(
 def diff(
     path: Annotated[Path, typer.Argument(help="the data set's folder")],
     detections: Annotated[
-        Path, typer.Argument(help="a folder of  detkit predict --format jsonl , JSON lines, or COCO results")
+        Path, typer.Argument(help="a folder of  detkit predict --format jsonl , or detections as .json, .jsonl or .csv")
     ],
     split: Annotated[str, typer.Option(help="which photos; 'all': every one that the detections are of")] = "all",
     score: Annotated[float, typer.Option(min=0, max=1, help="lowest score that counts")] = 0.0,

@@ -128,7 +128,7 @@ def _file(detections: Path) -> Path:
         if not detections.is_file():
             raise UserError(f"{detections}: no such file; make it with  detkit predict PHOTOS --format jsonl")
     if detections.suffix.lower() not in found.SUFFIXES:
-        raise UserError(f"{detections}: detections are read from {' and '.join(found.SUFFIXES)} files")
+        raise UserError(f"{detections}: detections are read from {', '.join(found.SUFFIXES)} files")
     return detections
 
 

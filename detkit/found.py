@@ -1,4 +1,4 @@
-"""Detections from a file: JSON lines as `detkit predict` writes JSON, or COCO's results."""
+"""Detections from a file: what `detkit predict` writes (JSON, JSON lines, COCO, CSV), or COCO's results."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from detkit.data.convert import plain
 from detkit.data.convert.common import finite
 from detkit.data.labels import DataSet
 from detkit.errors import UserError, nearest
 from detkit.types import Detections
 
-SUFFIXES = (".json", ".jsonl")
+SUFFIXES = (".csv", ".json", ".jsonl")
+_COLUMNS = ("image", "label", "score", "x1", "y1", "x2", "y2")
 
 
 class Found(NamedTuple):
@@ -38,41 +40,50 @@ class _Row(NamedTuple):
 def read(path: Path, dataset: DataSet, ids: Path | None = None) -> Found:
     """What a file says was found in the photos of a split.
 
-    JSON lines, or a JSON list of the same: {"image", "detections": [{"label", "score", "box": [x1, y1, x2, y2]}]}. COCO
+    JSON lines, or a JSON list of the same: {"image", "detections": [{"label", "score", "box": [x1, y1, x2, y2]}]}. CSV:
+    a row a detection, with the columns image, label, score, x1, y1, x2, y2. COCO annotations with scores; or COCO
     results: [{"image_id", "category_id", "bbox": [x, y, w, h], "score"}], whose ids are those of the annotation file
     `ids`, or the names of photos and classes themselves. A photo is known by its path in the data set, its file's name,
     or that without suffix. Raises UserError, one line, where the file can't be read so.
     """
-    entries = _entries(path)
+    entries = _rows_of_table(path) if path.suffix.lower() == ".csv" else _entries(path)
     coco = bool(entries) and isinstance(entries[0], dict) and "image_id" in entries[0]
+    photos, labels = _ids(ids) if coco and ids else (_Names(), _Names())
     try:
-        seen, rows = _of_coco(entries) if coco else _of_photos(entries)
+        if len(entries) == 1 and isinstance(entries[0], dict) and "annotations" in entries[0]:
+            photos, labels = _told(entries[0])
+            photos_of_rows, rows = _of_coco(entries[0]["annotations"])
+            seen = [*dict.fromkeys([*photos, *photos_of_rows])]  # photos without detections are named too
+        else:
+            seen, rows = _of_coco(entries) if coco else _of_photos(entries)
     except (KeyError, TypeError, ValueError) as error:
         lacking = f" (no {error.args[0]!r})" if isinstance(error, KeyError) else ""
         raise UserError(f"{path}: not detections as detkit or COCO write them{lacking}") from None
-    photos, labels = (_ids(ids) if ids else (_Names(), _Names())) if coco else (_Names(), _Names())
     places = _places(dataset)
     known = {name: label for label, name in enumerate(dataset.classes)}
     of: list[list[tuple[Sequence[float], float, int]]] = [[] for _ in range(len(dataset))]
-    strange = {photo for photo in seen if _place(photos[photo], places) is None}
+    at = {photo: _place(photos[photo], places) for photo in seen}
     for row in rows:
         name = labels[row.label]
         if name not in known:
             advice = "; name the file that its ids are of by --ids" if coco and not ids else nearest(str(name), known)
             raise UserError(f"{path}: the data set has no class '{name}'{advice}")
-        place = _place(photos[row.photo], places)
+        x1, y1, x2, y2 = row.box
+        if not 0 <= row.score <= 1 or x2 < x1 or y2 < y1:
+            told = f"score {row.score:g} and box {x1:g} {y1:g} {x2:g} {y2:g} in '{photos[row.photo]}'"
+            raise UserError(f"{path}: {told}; scores are from 0 to 1, and boxes left, top, right, bottom")
+        place = at[row.photo]
         if place is not None:
             of[place].append((row.box, row.score, known[name]))
-    named = frozenset(place for photo in seen if (place := _place(photos[photo], places)) is not None)
+    named = frozenset(place for place in at.values() if place is not None)
+    strange = sorted(str(photos[photo]) for photo, place in at.items() if place is None)
     missing = len(dataset) - len(named)
     remarks = []
-    if strange and len(strange) == len(seen):
+    if strange and not named:
         advice = "; name the file that its ids are of by --ids" if coco and not ids else ""
-        raise UserError(
-            f"{path}: none of its photos, such as '{sorted(map(str, strange))[0]}', is in the split{advice}"
-        )
+        raise UserError(f"{path}: none of its photos, such as '{strange[0]}', is in the split{advice}")
     if strange:
-        remarks.append(f"{path}: {len(strange)} photos are not in the split, such as '{sorted(map(str, strange))[0]}'")
+        remarks.append(f"{path}: {len(strange)} photos are not in the split, such as '{strange[0]}'")
     if missing:
         remarks.append(
             f"{path}: says nothing of {missing} of the {len(dataset)} photos; they count as without detections"
@@ -97,6 +108,22 @@ def _entries(path: Path) -> list[Any]:
                 entries.append(json.loads(line))
             except ValueError:
                 raise UserError(f"{path}, line {number}: not JSON") from None
+    return entries
+
+
+def _rows_of_table(path: Path) -> list[dict[str, Any]]:
+    """A table's rows, each as a photo with one detection."""
+    (_, head), *rows = [*plain.rows(path)] or [(1, [])]
+    if not set(_COLUMNS) <= set(head):
+        raise UserError(f"{path}: its first line doesn't name the columns {', '.join(_COLUMNS)}")
+    entries = []
+    for line, cells in rows:
+        row = dict(zip(head, cells, strict=False))
+        try:
+            score, *box = (plain.decimal(row[name]) for name in _COLUMNS[2:])
+        except (KeyError, ValueError):
+            raise UserError(f"{path}, line {line}: not a score and four sides in numbers") from None
+        entries.append({"image": row["image"], "detections": [{"label": row["label"], "score": score, "box": box}]})
     return entries
 
 
@@ -138,11 +165,15 @@ class _Names(dict[Any, Any]):
 def _ids(path: Path) -> tuple[_Names, _Names]:
     """Photos' names and classes' by the ids of a COCO annotation file."""
     try:
-        tree = json.loads(path.read_text("utf-8"))
-        photos = {each["id"]: each["file_name"] for each in tree["images"]}
-        return _Names(photos), _Names({each["id"]: each["name"] for each in tree["categories"]})
+        return _told(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: can't be read as COCO annotations ({error})") from None
+
+
+def _told(tree: Mapping[str, Any]) -> tuple[_Names, _Names]:
+    """The same of its content. Raises KeyError or TypeError where it is none."""
+    photos = {each["id"]: each["file_name"] for each in tree["images"]}
+    return _Names(photos), _Names({each["id"]: each["name"] for each in tree["categories"]})
 
 
 def _places(dataset: DataSet) -> dict[str, int]:

@@ -118,6 +118,24 @@ def _known(values: Floats) -> float | None:
     return _mean(values) if np.isfinite(values).any() else None
 
 
+def by_iou(pool: Pool, ious: Sequence[float] = IOUS) -> list[dict[str, Any]]:
+    """The same at each IoU alone: `iou`; AP and AR, AP_small and so on by area, None where it has no object; VOC_AP, as
+    `voc` has it; per_class: name -> AP, None where it has no object."""
+    result = coco(pool, matches.match(pool, ious, tuple(AREAS.values())))
+    rows = []
+    for place, iou in enumerate(ious):
+        row: dict[str, Any] = {"iou": round(iou, 4)}
+        for area, name in enumerate(AREAS):
+            size = f"_{name}" if area else ""
+            row[f"AP{size}"], row[f"AR{size}"] = (
+                _known(each[area, place]) for each in (result.precision, result.recall)
+            )
+        ap = result.precision[0, place].mean(0)
+        per_class = {name: _known(value) for name, value in zip(pool.classes, ap, strict=True)}
+        rows.append({**row, "VOC_AP": pooled_mean(voc(pool, iou)), "per_class": per_class})
+    return rows
+
+
 def curves(pool: Pool, state: NDArray[np.int8]) -> dict[str, Floats]:
     """COCO's precision of each class that has objects at `RECALLS` recalls: float64 [RECALLS]. state: int8 [N]."""
     objects = pool.objects().sum(0)
@@ -376,13 +394,22 @@ def _figures(model: Scored, weights: NDArray[np.int64]) -> dict[str, Floats]:
     return more | _count_figures(model.counted, weights.astype(np.float64))
 
 
-def intervals(drawn: Mapping[str, Floats], share: float = 0.95) -> dict[str, list[float]]:
-    """The bounds between which that share of the resamples lies (percentile bootstrap over photos)."""
+def unbiased(drawn: Floats, figure: float) -> Floats:
+    """Resamples of a figure, those that have one, without their bias. Chance lifts the envelope of precision, so AP is
+    higher in few photos than in many: in resamples than in the photos, and in these than in all that could have been
+    taken, by about as much each. Counts have no bias, and stay where they are."""
+    known = drawn[np.isfinite(drawn)]
+    return known - 2 * (known.mean() - figure) if len(known) else known
+
+
+def intervals(drawn: Mapping[str, Floats], figures: Mapping[str, Any], share: float = 0.95) -> dict[str, list[float]]:
+    """The bounds between which that share of the resamples lies, without their bias (bootstrap over photos). figures:
+    of all the photos."""
     ends = 50 * (1 - share), 50 * (1 + share)
     return {
-        name: np.percentile(known, ends).tolist()
+        name: np.percentile(known, ends).clip(0).tolist()
         for name, values in drawn.items()
-        if len(known := values[np.isfinite(values)])
+        if len(known := unbiased(values, figures[name]))
     }
 
 
@@ -398,8 +425,7 @@ class Comparison(NamedTuple):
 
 def compare(name: str, first: Mapping[str, Floats], second: Mapping[str, Floats], difference: float) -> Comparison:
     """The paired bootstrap: both models' `resamples` of a figure, and its difference on all photos."""
-    apart = first[name] - second[name]
-    apart = apart[np.isfinite(apart)]
+    apart = unbiased(first[name] - second[name], difference)
     low, high = np.percentile(apart, (2.5, 97.5)).tolist() if len(apart) else (math.nan, math.nan)
     tail = min(int((apart <= 0).sum()), int((apart >= 0).sum()))
     return Comparison(difference, low, high, min(1.0, 2 * (tail + 1) / (len(apart) + 1)))

@@ -193,17 +193,20 @@ class Photo(NamedTuple):
     share: float
 
 
-def worst(pool: Pool, confused: Confusion, most: int = 24) -> list[Photo]:
-    """The photos with the most errors, of equal ones that with the smaller share of right ones first; none without."""
+def worst(pool: Pool, confused: Confusion, most: int = 24, of_class: int = 2) -> list[Photo]:
+    """The photos with the most errors, of equal ones that with the smaller share of right ones first, none without:
+    `most` of all, and of each class `of_class` in which it is missed or falsely detected."""
     label = np.append(pool.object_label, -1)[confused.taken]
     hit = confused.shown & (confused.taken >= 0) & (label == pool.label)
-    right, false = (np.bincount(pool.photo[which], minlength=pool.photos) for which in (hit, confused.shown & ~hit))
-    missed = pool.objects().sum(1) - right
+    false_of, right_of = pool.found(confused.shown & ~hit), pool.found(hit)
+    missed_of = pool.objects() - right_of
+    right, false, missed = (table.sum(1) for table in (right_of, false_of, missed_of))
     share = right / np.maximum(right + false + missed, 1)
-    order = np.lexsort((share, -(false + missed)))[:most].tolist()
-    return [
-        Photo(i, int(right[i]), int(false[i]), int(missed[i]), float(share[i])) for i in order if false[i] + missed[i]
-    ]
+    order = np.lexsort((share, -(false + missed)))
+    wrong = (false_of + missed_of)[order] > 0
+    chosen = (np.arange(pool.photos) < most) & wrong.any(1)
+    chosen |= (wrong & (np.cumsum(wrong, 0) <= of_class)).any(1)
+    return [Photo(i, int(right[i]), int(false[i]), int(missed[i]), float(share[i])) for i in order[chosen].tolist()]
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------

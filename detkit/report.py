@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from detkit.assess import Assessment
 
 SIDE = 360  # pixels: the longer side of a photo on the page
-PHOTOS, DOUBTS = 24, 24
+PHOTOS, DOUBTS = 60, 24
+DOUBT = {
+    "no label": "Detected, without label",
+    "another class": "Detected as another class",
+    "box": "Detected with another box",
+    "nothing there": "Labelled, and never detected",
+}
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
 _MOST_NAMED = 40  # classes whose names are written along a plot
 
@@ -51,6 +57,16 @@ _NAMES = {
 }
 
 
+_AT_IOU = (
+    ("AP", "AP"),
+    ("small", "AP_small"),
+    ("medium", "AP_medium"),
+    ("large", "AP_large"),
+    ("AR", "AR"),
+    ("VOC AP", "VOC_AP"),
+)
+
+
 def number(value: float | None) -> str:
     """A figure as text."""
     return "-" if value is None else f"{value:.3f}"
@@ -76,8 +92,8 @@ def speed_cells(speed: dict[str, Any] | None) -> dict[str, str]:
     }
 
 
-def lines(figures: dict[str, Any]) -> list[str]:
-    """What the terminal shows beside the table of classes."""
+def lines(figures: dict[str, Any], ious: Sequence[float] = ()) -> list[str]:
+    """What the terminal shows beside the table of classes; at `ious` AP and AR too."""
     names = ("mAP", "mAP50", "mAP75")
     costs = ", ".join(f"{name} {each['AP']:.3f}" for name, each in figures["tide"].items())
     sizes = ", ".join(f"{size} {number(figures[f'mAP_{size}'])}" for size in ("small", "medium", "large"))
@@ -87,6 +103,11 @@ def lines(figures: dict[str, Any]) -> list[str]:
     said = [
         ", ".join(f"{name} {ranged(figures, name)}" for name in names),
         f"VOC AP50 {voc} (2007: {voc_2007})   AR {number(figures['AR'])}   mAP {sizes}",
+        *(
+            f"at IoU {each['iou']:g}: " + ", ".join(f"{name} {number(each[key])}" for name, key in _AT_IOU)
+            for each in figures["by_iou"]
+            if each["iou"] in {round(iou, 4) for iou in ious}
+        ),
         f"at the thresholds {figures['thresholds']}: {shares}",
         f"counts: off by {off:.2f} a photo; right in {exact:.1%} of photos, of every class in {checkout:.1%} (cAcc)",
         f"errors cost AP50: {costs}",
@@ -113,6 +134,8 @@ def markdown(figures: dict[str, Any]) -> str:
         _table(("figure", "value"), rows),
         "## Errors",
         _table(("kind", "AP50 it costs", "number"), tide),
+        "## By IoU",
+        _table(("IoU", *(name for name, _ in _AT_IOU)), by_iou(figures)),
         "## Classes",
         _table(("class", *keys), classes),
         "## Taken for each other",
@@ -136,6 +159,11 @@ def summary(figures: dict[str, Any]) -> str:
         f"{figures['photos']} photos, {figures['objects']} objects, {figures['detections']} detections; at most "
         f"{figures['most']} of a photo and class, all of which count."
     )
+
+
+def by_iou(figures: dict[str, Any]) -> list[list[str]]:
+    """A row an IoU, and what is measured at it."""
+    return [[f"{each['iou']:.2f}", *(number(each[key]) for _, key in _AT_IOU)] for each in figures["by_iou"]]
 
 
 def by_ap(figures: dict[str, Any]) -> list[dict[str, Any]]:
@@ -238,9 +266,11 @@ def write(path: Path, found: Assessment) -> None:
         rows=[(label, ranged(figures, name)) for name, label in _NAMES.items()],
         speed=speed_cells(figures["speed"]),
         classes=by_ap(figures),
+        at_iou=[name for name, _ in _AT_IOU],
+        by_iou=by_iou(figures),
         pictures={name: _uri(draw, size) for name, draw, size in _plots(found)},
         worst=[_worst(found, each) for each in figures["worst"][:PHOTOS]],
-        doubts=kinds,
+        doubts={DOUBT[kind]: doubts for kind, doubts in kinds.items()},
         number=number,
         link=_link,
     )

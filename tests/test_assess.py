@@ -65,7 +65,7 @@ def pages(good: Path, bad: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """All that eval and compare write."""
     out = tmp_path_factory.mktemp("out")
     files = assess.Files(out / "bad.json", out / "bad.md", out / "bad.html", out / "suspects")
-    assess.run(str(bad), WHERE, QUIET, files, resamples=50)
+    assess.run(str(bad), WHERE, QUIET, files, resamples=50, ious=[0.3, 0.9])
     files = assess.Files(out / "both.json", out / "both.md", out / "both.html")
     assess.compare([str(bad), str(good)], WHERE, QUIET, files, resamples=200)
     return out
@@ -85,7 +85,11 @@ def test_eval_writes_what_it_knows_in_three_ways(pages: Path) -> None:
     assert tree["speed"] is None
     assert sum(map(sum, tree["confusion"]["table"][:-1])) == tree["objects"]
     assert sum(each["number"] for each in tree["tide"].values()) > 0
+    levels = [each["iou"] for each in tree["by_iou"]]
+    assert levels == [0.3, *np.linspace(0.5, 0.95, 10).round(2)]
+    assert np.mean([each["AP"] for each in tree["by_iou"][1:]]) == pytest.approx(tree["mAP"])
     text = (pages / "bad.md").read_text(encoding="utf-8")
+    assert "| IoU | AP |" in text
     assert f"{tree['mAP']:.3f}" in text
     for each in tree["classes"]:
         assert f"| {each['class']} | {each['objects']} |" in text
@@ -111,7 +115,7 @@ def test_a_lower_counting_error_is_better(good: Path, bad: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_in_chromium_filters_by_class(pages: Path, tmp_path: Path) -> None:
+def test_the_page_in_chromium_filters_by_class_and_by_error(pages: Path, tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:
         pytest.skip("needs Chromium")
@@ -121,7 +125,12 @@ def test_the_page_in_chromium_filters_by_class(pages: Path, tmp_path: Path) -> N
         f"<script>const box = document.getElementById('class'); box.value = {json.dumps(chosen)};"
         "box.dispatchEvent(new Event('change'));"
         "document.title = [...document.querySelectorAll('[data-classes]')].map(each => "
-        "`${+each.hidden}${+JSON.parse(each.dataset.classes).includes(box.value)}`).join(' ');</script></body>"
+        "`${+each.hidden}${+JSON.parse(each.dataset.classes).includes(box.value)}`).join(' ');"
+        "const error = document.getElementById('error'); error.value = 'Detected as another class';"
+        "error.dispatchEvent(new Event('change'));"
+        "document.title += '|' + [...document.querySelectorAll('[data-errors]')].map(each => `${+each.hidden}"
+        "${+(each.dataset.errors.includes(error.value) && JSON.parse(each.dataset.classes).includes(box.value))}`"
+        ").join(' ') + '|' + document.getElementById('count').textContent;</script></body>"
     )
     page = tmp_path / "page.html"
     page.write_text(html.replace("</body>", act), encoding="utf-8")
@@ -129,8 +138,10 @@ def test_the_page_in_chromium_filters_by_class(pages: Path, tmp_path: Path) -> N
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     title = re.search("<title>(.*?)</title>", done.stdout)
     assert title
-    states = title[1].split()
-    assert set(states) == {"01", "10"}  # shown with the class, hidden without; some of each
+    by_class, by_both, count = title[1].split("|")
+    for states in (by_class.split(), by_both.split()):
+        assert set(states) == {"01", "10"}  # shown with the class, hidden without; some of each
+    assert count == f"{by_both.split().count('01')} photos"
 
 
 def one_onnx(tmp_path: Path) -> Path:
@@ -199,6 +210,8 @@ def test_mistakes_are_one_line(good: Path, tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "full" / "a").touch()
     with pytest.raises(UserError, match="not empty"):
         assess.run(str(good), WHERE, QUIET, assess.Files(suspects=tmp_path / "full"), resamples=0)
+    with pytest.raises(UserError, match="not empty"):  # before it measures for an hour
+        assess.run("no such file.jsonl", WHERE, QUIET, assess.Files(suspects=tmp_path / "full"))
 
 
 def test_a_checkpoint_keeps_its_decision(tmp_path: Path, tiny_config: config.Config) -> None:

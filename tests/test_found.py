@@ -16,6 +16,7 @@ from detkit.data import cache
 from detkit.data.labels import DataSet
 from detkit.errors import UserError
 from detkit.formats import detections_dict
+from detkit.runtime import record
 from detkit.types import Detections
 
 SHELF = Path(__file__).parent.parent / "datasets" / "shelf-mini"
@@ -41,9 +42,9 @@ def write(tmp_path: Path) -> Write:
 def truth(dataset: DataSet) -> list[Detections]:
     """The ground truth as detections, the last object of each photo the surest."""
     result = []
-    for record in (dataset[i] for i in range(len(dataset))):
-        scores = np.linspace(0.9, 0.3, len(record.labels)).astype(np.float32)
-        result.append(Detections(record.boxes[::-1].astype(np.float32), scores, record.labels[::-1], record.hw))
+    for photo in (dataset[i] for i in range(len(dataset))):
+        scores = np.linspace(0.9, 0.3, len(photo.labels)).astype(np.float32)
+        result.append(Detections(photo.boxes[::-1].astype(np.float32), scores, photo.labels[::-1], photo.hw))
     return result
 
 
@@ -96,6 +97,20 @@ def test_coco_results_may_name_photos_and_classes_themselves(shelf: DataSet, wri
     same(found.read(write(rows), shelf).detections, truth(shelf))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "coco", "csv"])
+def test_every_file_of_predict_is_read(shelf: DataSet, tmp_path: Path, kind: str) -> None:
+    """Of all photos together, by the program that writes them; the last photo has no detections."""
+    *wanted, last = truth(shelf)
+    wanted.append(last.above(1))
+    with record.Record(tmp_path) as lines:
+        for i, each in enumerate(wanted):
+            lines.add(detections_dict(shelf.name(i), each, shelf.classes))
+    got = found.read(record.write(tmp_path, kind, shelf.classes), shelf)
+    same(got.detections, wanted)
+    assert len(got.named) == len(shelf) - (kind == "csv")  # which has no row for such a photo
+    assert bool(got.remarks) == (kind == "csv")
+
+
 def test_photos_without_entry_and_entries_without_photo_are_said(shelf: DataSet, write: Write) -> None:
     entry = detections_dict(shelf.name(0), truth(shelf)[0], shelf.classes)
     got = found.read(write([entry, {"image": "elsewhere.jpg", "detections": []}]), shelf)
@@ -103,6 +118,10 @@ def test_photos_without_entry_and_entries_without_photo_are_said(shelf: DataSet,
     assert len(got.remarks) == 2
     assert "elsewhere.jpg" in got.remarks[0]
     assert f"{len(shelf) - 1} of the {len(shelf)} photos" in got.remarks[1]
+
+
+def one(score: float = 0.5, box: tuple[float, ...] = (1, 2, 3, 4)) -> str:
+    return json.dumps({"image": "shelf_00024", "detections": [{"label": "cola_classic", "score": score, "box": box}]})
 
 
 @pytest.mark.parametrize(
@@ -117,6 +136,10 @@ def test_photos_without_entry_and_entries_without_photo_are_said(shelf: DataSet,
         ('[{"image_id": [1], "category_id": 1, "score": 1, "bbox": [1, 2, 3, 4]}]', "not detections"),
         ('[{"image": "a.jpg", "detections": [{"label": "x", "score": NaN, "box": [1, 2, 3, 4]}]}]', "not detections"),
         ('[{"image": "nowhere.jpg", "detections": []}]', "none of its photos, such as 'nowhere.jpg'"),
+        ('{"images": [], "categories": [], "annotations": [{"image_id": 1}]}', "(no 'bbox')"),
+        (one(score=1.5), "score 1.5 and box 1 2 3 4 in 'shelf_00024'; scores are from 0 to 1"),
+        (one(score=-0.1), "score -0.1"),
+        (one(box=(1, 2, 0, 4)), "boxes left, top, right, bottom"),
     ],
 )
 def test_other_files_are_one_line(shelf: DataSet, write: Write, content: str, words: str) -> None:
@@ -124,6 +147,23 @@ def test_other_files_are_one_line(shelf: DataSet, write: Write, content: str, wo
         found.read(write(content), shelf)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "the columns image, label, score, x1, y1, x2, y2"),
+        ("image,label,score,x,y,w,h\na.jpg,tin,1,1,2,3,4\n", "the columns image, label"),
+        ("image,label,score,x1,y1,x2,y2\na.jpg,tin,1,1,2,3\n", "line 2: not a score and four sides"),
+        ("image,label,score,x1,y1,x2,y2\n\na.jpg,tin,1,1,2,3,wide\n", "line 3: not a score and four sides"),
+        ("image,label,score,x1,y1,x2,y2\na.jpg,tin,nan,1,2,3,4\n", "line 2: not a score and four sides"),
+    ],
+)
+def test_other_tables_are_one_line(shelf: DataSet, tmp_path: Path, content: str, words: str) -> None:
+    path = tmp_path / "found.csv"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        found.read(path, shelf)
 
 
 def test_an_unknown_class_is_answered_with_the_nearest(shelf: DataSet, write: Write) -> None:

@@ -1,4 +1,4 @@
-"""AP against pycocotools used directly, against the VOC devkit's rules written plainly, and by hand."""
+"""AP against pycocotools used directly, the VOC devkit's rules written plainly, a published example, and by hand."""
 
 from __future__ import annotations
 
@@ -143,6 +143,26 @@ def test_other_ious_and_limits_are_pycocotools() -> None:
     assert got["most"] == most
     assert got["mAP"] == pytest.approx(wanted.eval["precision"][..., 0, -1].mean(), abs=1e-9)
     assert got["AR"] == pytest.approx(wanted.eval["recall"][..., 0, -1].mean(), abs=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+def test_each_iou_by_itself_is_pycocotools_by_class_and_size_too(scale: int) -> None:
+    records, detections = random_photos(1, scale=scale)
+    ious = (0.3, 0.5, 0.62, 0.95)
+    wanted = direct(records, detections, ious, 100).eval
+    for place, row in enumerate(metrics.by_iou(matches.pool(records, detections, NAMES), ious)):
+        assert row["iou"] == ious[place]
+        for area, size in enumerate(("", "_small", "_medium", "_large")):
+            for name, table in (
+                ("AP", wanted["precision"][place, :, :, area]),
+                ("AR", wanted["recall"][place, :, area]),
+            ):
+                known = table[table > -1]
+                assert row[f"{name}{size}"] == (pytest.approx(known.mean(), abs=1e-9) if known.size else None)
+        own = wanted["precision"][place, :, :, 0, -1].mean(0)
+        assert list(row["per_class"].values()) == pytest.approx(own.tolist(), abs=1e-9)
+        voc = metrics.voc_ap(records, detections, NAMES, ious[place])
+        assert row["VOC_AP"] == metrics.pooled_mean(voc)
 
 
 def test_pairs_are_looked_at_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,6 +319,41 @@ def test_voc_by_hand(rows: Found, wanted: float) -> None:
     assert metrics.voc_ap([photo], [found(*rows)], NAMES)["tin"] == pytest.approx(wanted)
 
 
+# The worked example of Padilla, Netto and da Silva, A Survey on Performance Metrics for Object-Detection Algorithms
+# (2020): each photo's people, and what was found there, as left, top, width and height in whole pixels.
+PUBLISHED = (
+    ("25 16 38 56, 129 123 41 62", ".88 5 67 31 48, .70 119 111 40 67, .80 124 9 49 67"),
+    ("123 11 43 55, 38 132 59 45", ".71 64 111 64 58, .54 26 140 60 47, .74 19 18 43 35"),
+    (
+        "16 14 35 48, 123 30 49 44, 99 139 47 47",
+        ".18 109 15 77 39, .67 86 63 46 45, .38 160 62 36 53, .91 105 131 47 47, .44 18 148 40 44",
+    ),
+    ("53 42 40 52, 154 43 31 34", ".35 83 28 28 26, .78 28 68 42 67, .45 87 89 25 39, .14 10 155 60 26"),
+    ("59 31 44 51, 48 128 34 52", ".62 50 38 28 46, .44 95 11 53 28, .95 29 131 72 29, .23 29 163 72 29"),
+    ("36 89 52 76, 62 58 44 67", ".45 43 48 74 38, .84 17 155 29 35, .43 95 110 25 42"),
+    ("28 31 55 63, 58 67 50 58", ".48 16 20 101 88, .95 33 116 37 49"),
+)
+
+
+def test_voc_of_a_published_example() -> None:
+    """At IoU 0.3: 24.57 % by the area, 26.84 % by eleven points; in the end 7 of 24 detections are right, of 15."""
+
+    def rows(text: str) -> list[list[float]]:
+        return [[float(word) for word in row.split()] for row in text.split(", ")]
+
+    def edges(x: float, y: float, width: float, height: float) -> tuple[float, ...]:
+        return x, y, x + width + 1, y + height + 1  # their last pixel belongs to the box
+
+    hw = (250, 250)
+    records = [record(*((edges(*box), 0, 0) for box in rows(there)), hw=hw) for there, _ in PUBLISHED]
+    detections = [found(*((edges(*box), 0, score) for score, *box in rows(seen)), hw=hw) for _, seen in PUBLISHED]
+    assert metrics.voc_ap(records, detections, NAMES[:1], 0.3)["tin"] == pytest.approx(0.2457, abs=5e-5)
+    assert metrics.voc_ap(records, detections, NAMES[:1], 0.3, eleven=True)["tin"] == pytest.approx(0.2684, abs=5e-5)
+    pool = matches.pool(records, detections, NAMES[:1])
+    state = matches.match(pool, (0.3,)).state[0, 0]
+    assert ((state == matches.HIT).sum(), len(state), pool.objects().sum()) == (7, 24, 15)
+
+
 def test_coco_by_hand() -> None:
     # IoU 0.55 is enough for thresholds 0.5 and (just) 0.55 of the ten.
     got = metrics.coco_ap([record((A, 0, 0))], [found(((0.0, 0.0, 20.0, 11.2), 0, 0.9))], NAMES)
@@ -413,12 +468,28 @@ def test_chance_alone_is_seldom_significant() -> None:
     assert small <= 4
 
 
+def test_intervals_hold_the_figure_of_all_photos_as_often_as_they_say() -> None:
+    """30 of 600 photos, drawn 40 times. AP is too high in few photos, and higher yet in photos drawn from these."""
+    pool = matches.pool(*random_photos(5, count=600), NAMES)
+    truth = metrics.of_pool(pool) | metrics.count_figures(metrics.scored(pool, np.full(3, 0.5)).counted)
+    held: dict[str, int] = dict.fromkeys(("mAP", "mAP50", "f1", "count_MAE"), 0)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        model = metrics.scored(pool.of_photos(rng.permutation(600) < 30), np.full(3, 0.5))
+        figures = metrics.of_pool(model.pool) | metrics.count_figures(model.counted)
+        found = metrics.intervals(metrics.resamples([model], 200)[0], figures)
+        for name in held:
+            held[name] += found[name][0] <= truth[name] <= found[name][1]
+    assert min(held.values()) >= 36, held  # 38 of 40 are 95 %
+
+
 def test_intervals_hold_the_figure_and_shrink_with_the_photos() -> None:
     widths = []
     for count in (30, 270):
         records, detections = random_photos(5, count=count)
         model = metrics.scored(matches.pool(records, detections, NAMES), np.full(3, 0.5))
-        low, high = metrics.intervals(metrics.resamples([model], 400)[0])["recall"]
-        assert low < metrics.count_figures(model.counted)["recall"] < high
+        figures = metrics.of_pool(model.pool) | metrics.count_figures(model.counted)
+        low, high = metrics.intervals(metrics.resamples([model], 400)[0], figures)["recall"]
+        assert low < figures["recall"] < high
         widths.append(high - low)
     assert 2 < widths[0] / widths[1] < 4.5  # nine times the photos: a third

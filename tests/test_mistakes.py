@@ -1,4 +1,4 @@
-"""Kinds of error by hand, after Bolya 2020; confusion, look-alikes, worst photos and doubtful labels."""
+"""Kinds of error by hand and by TIDE's own code (Bolya 2020); confusion, look-alikes, worst photos, doubtful labels."""
 
 from __future__ import annotations
 
@@ -77,6 +77,22 @@ def test_missed_objects_are_those_that_no_error_is_about() -> None:
     assert split.costs["background"] == pytest.approx(0)
 
 
+@pytest.mark.parametrize(
+    ("seed", "numbers", "costs"),
+    [
+        (0, [54, 27, 16, 17, 1, 20], [0.3101, 0.0983, 0.0168, 0.0113, 0.0002, 0.0471]),
+        (1, [70, 14, 12, 17, 0, 16], [0.4373, 0.0572, 0.0116, 0.0089, 0.0, 0.0332]),
+        (2, [69, 28, 14, 24, 2, 21], [0.3411, 0.0966, 0.0137, 0.0221, 0.0041, 0.0298]),
+        (7, [73, 33, 8, 19, 0, 14], [0.3957, 0.1228, 0.0099, 0.0058, 0.0, 0.0217]),
+    ],
+)
+def test_the_kinds_are_those_of_tides_own_code(seed: int, numbers: list[int], costs: list[float]) -> None:
+    """What tidecv 1.0.1 says of these photos."""
+    split = mistakes.tide(matches.pool(*random_photos(seed, count=30), NAMES))
+    assert list(split.numbers.values()) == numbers
+    assert list(split.costs.values()) == pytest.approx(costs, abs=6e-5)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("flags", [(0,), (0, 0, DIFFICULT, CROWD)])
 def test_the_kinds_share_out_what_is_wrong_and_mending_never_costs(seed: int, flags: Sequence[int]) -> None:
@@ -115,6 +131,17 @@ def test_the_rows_of_the_confusion_are_the_objects(seed: int) -> None:
     assert sum(each.missed for each in photos) == counted.objects.sum() - counted.hit.sum()
     errors = [each.false + each.missed for each in photos]
     assert errors == sorted(errors, reverse=True)
+
+
+def test_the_worst_photos_are_those_of_each_class_too() -> None:
+    """Class 2 is missed in one photo, with fewer errors than all others."""
+    many = [record((A, 0, 0), (B, 0, 0), (C, 1, 0))] * 3
+    records = [*many, record((A, 2, 0)), record((A, 0, 0))]
+    pool = matches.pool(records, [found()] * 4 + [found((A, 0, 0.9))], NAMES)
+    confused = mistakes.confusion(pool, LEVEL)
+    assert [each.place for each in mistakes.worst(pool, confused, 2, 0)] == [0, 1]
+    assert [each.place for each in mistakes.worst(pool, confused, 1, 2)] == [0, 1, 3]
+    assert [each.place for each in mistakes.worst(pool, confused)] == [0, 1, 2, 3]
 
 
 def test_doubtful_labels_and_their_xml(tmp_path: Path) -> None:
