@@ -5,14 +5,14 @@ from __future__ import annotations
 import glob
 import io
 import itertools
+import os
 import signal
-import threading
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,11 +32,14 @@ from detkit.runtime.record import FILES, Record, counts, lines, write
 from detkit.runtime.tiles import Flipped, Tiled, Tiling
 from detkit.types import Detections
 
-BATCH = 8  # photos held in memory at a time
+BATCH = 8  # photos that are detected in at a time where one thread detects
+AHEAD = 4  # such batches that are being read or detected in
 DETAILED = 5  # up to so many photos get a table each; more share one
 ROWS = 25  # of one photo's table
 MANY = 16  # photos from which each is a thread's, rather than each a matter of all threads
 JOB = "job.json"
+
+_T = TypeVar("_T")
 
 _FORMATS: dict[str, tuple[str, Callable[[Path, Detections, Sequence[str]], str]]] = {
     "json": (".json", formats.detections_json),
@@ -204,6 +207,7 @@ def predict(
         display = stack.enter_context(bar(console))
         display.disable = not (report.several and console.is_terminal)
         task = display.add_task("predicting", total=len(photos), completed=len(photos) - len(left))
+        full = 0
         try:
             for done in stack.enter_context(closing(work.through(left))):
                 for path, content in done.files:
@@ -211,6 +215,7 @@ def predict(
                 if record:
                     record.add(done.tree(detector.classes))
                 report.add(done)
+                full += done.full
                 display.update(task, advance=1)
         except KeyboardInterrupt:
             if record is None:
@@ -219,14 +224,7 @@ def predict(
     report.close(folder, len(photos), _summed_up(folder, output, detector.classes))
     if output.counts and not report.several:
         console.print(_counted(folder, detector.classes))
-    full = detector.full if isinstance(detector, Tiled) else work.full
-    if full:
-        console.print(
-            f"{full} times the network's list, of {detector.manifest.nms.keep}, was full: objects may be missing. "
-            "Look at (smaller) tiles (--tiles), or export from a config with a higher model.select.keep",
-            style="yellow",
-            highlight=False,
-        )
+    report.full(detector.full if isinstance(detector, Tiled) else full, detector.manifest.nms.keep)
     return len(report.failures)
 
 
@@ -243,6 +241,7 @@ class _Done(NamedTuple):
     found: Detections | None
     error: str = ""
     files: tuple[tuple[Path, bytes | str], ...] = ()
+    full: bool = False  # the network's list of boxes was full up to the lowest score that counts
 
     def tree(self, classes: Sequence[str]) -> dict[str, object]:
         """Its line in the record."""
@@ -252,49 +251,63 @@ class _Done(NamedTuple):
 
 
 class _Work:
-    """Reading, detecting and drawing, in threads: Pillow, ONNX Runtime and torch let others run meanwhile. full: how
-    often the network's list of boxes was full up to the lowest score that counts."""
+    """Reading, detecting and drawing, in threads: Pillow, ONNX Runtime and torch let others run meanwhile."""
 
     def __init__(
         self, detector: Detector, jobs: int, score: float | None, output: Output, folder: Path, names: dict[Path, str]
     ) -> None:
-        self.detector, self.score, self.output, self.folder, self.names = detector, score, output, folder, names
-        self.full = 0
-        self._turns = threading.Semaphore(jobs)
-        # One thread detects while another reads; where several detect, each reads for itself.
-        self._threads, self._batch = (jobs, 1) if jobs > 1 else (2, BATCH)
+        self.detector, self.jobs, self.score = detector, jobs, score
+        self.output, self.folder, self.names = output, folder, names
+        # What is not drawn is needed on the canvas only, where the detector is a Session; others take pixels.
+        self._read = imaging.decode if output.drawn else getattr(detector, "read", imaging.decode)
 
     def through(self, photos: Sequence[Path]) -> Generator[_Done]:
-        """The photos in their order; no more are in memory than the threads have in hand, and one batch more."""
-        batches = (photos[start : start + self._batch] for start in range(0, len(photos), self._batch))
-        pool = ThreadPoolExecutor(self._threads)
+        """The photos in their order; a few batches are in hand at a time, and in memory."""
+        return self._each_alone(photos) if self.jobs > 1 else self._in_batches(photos)
+
+    def _each_alone(self, photos: Sequence[Path]) -> Generator[_Done]:
+        """Several threads detect: each takes a photo from its file to its line."""
+        with _pool(self.jobs) as pool:
+            yield from _ahead((pool.submit(self._done, photo) for photo in photos), 2 * self.jobs)
+
+    def _in_batches(self, photos: Sequence[Path]) -> Generator[_Done]:
+        """One thread detects, on a GPU say; as many as there are cores read and draw for it."""
+        batches = (photos[start : start + BATCH] for start in range(0, len(photos), BATCH))
+        with _pool(os.cpu_count()) as helpers, _pool(1) as detecting:
+
+            def begun(batch: Sequence[Path]) -> Future[list[Future[_Done]]]:
+                reading = [helpers.submit(self._readable, photo) for photo in batch]
+                return detecting.submit(detected, batch, reading)
+
+            def detected(batch: Sequence[Path], reading: Sequence[Future[Any]]) -> list[Future[_Done]]:
+                images = [one.result() for one in reading]
+                rows = zip(batch, images, self._found(images), strict=True)
+                return [helpers.submit(self._finished, *row) for row in rows]
+
+            for finishing in _ahead((begun(batch) for batch in batches), AHEAD):
+                yield from (one.result() for one in finishing)
+
+    def _done(self, photo: Path) -> _Done:
+        image = self._readable(photo)
+        return self._finished(photo, image, *self._found([image]))
+
+    def _found(self, images: Sequence[Any]) -> list[Detections | None]:
+        """What is in each image; None where it could not be read."""
+        found = iter(self.detector.detect([image for image in images if not isinstance(image, str)]))
+        return [None if isinstance(image, str) else next(found) for image in images]
+
+    def _readable(self, photo: Path) -> Any:
+        """What the detector takes of a photo, or why it could not be read."""
         try:
-            waiting = deque(pool.submit(self._batched, batch) for batch in itertools.islice(batches, self._threads + 1))
-            while waiting:
-                done = waiting.popleft().result()
-                waiting.extend(pool.submit(self._batched, batch) for batch in itertools.islice(batches, 1))
-                yield from done
-        finally:
-            pool.shutdown(cancel_futures=True)
+            return self._read(photo)
+        except UserError as error:
+            return str(error)
 
-    def _batched(self, photos: Sequence[Path]) -> list[_Done]:
-        read: list[tuple[Path, NDArray[np.uint8] | str]] = []
-        for photo in photos:
-            try:
-                read.append((photo, imaging.decode(photo)))
-            except UserError as error:
-                read.append((photo, str(error)))
-        with self._turns:
-            found = iter(self.detector.detect([image for _, image in read if not isinstance(image, str)]))
-        return [
-            _Done(photo, None, image) if isinstance(image, str) else self._finished(photo, image, next(found))
-            for photo, image in read
-        ]
-
-    def _finished(self, photo: Path, image: NDArray[np.uint8], found: Detections) -> _Done:
+    def _finished(self, photo: Path, image: Any, found: Detections | None) -> _Done:
+        if found is None:
+            return _Done(photo, None, image)
         kept = decide.shown(found, self.detector.manifest, self.score)
-        if not isinstance(self.detector, Tiled):
-            self.full += len(kept) >= self.detector.manifest.nms.keep
+        full = len(kept) >= self.detector.manifest.nms.keep
         target, files = self.folder / self.names[photo], list[tuple[Path, bytes | str]]()
         if self.output.drawn:
             # Not with_suffix: a stem may have a dot of its own.
@@ -306,7 +319,26 @@ class _Work:
         if self.output.format in _FORMATS:
             suffix, text = _FORMATS[self.output.format]
             files.append((target.with_name(target.name + suffix), text(photo, kept, self.detector.classes)))
-        return _Done(photo, kept, files=tuple(files))
+        return _Done(photo, kept, files=tuple(files), full=full)
+
+
+@contextmanager
+def _pool(threads: int | None) -> Iterator[ThreadPoolExecutor]:
+    """Threads that, at the end of the block, finish what they have begun and leave the rest."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ahead(futures: Iterator[Future[_T]], count: int) -> Iterator[_T]:
+    """The results in their order, `count` of them begun before they are asked for."""
+    waiting = deque(itertools.islice(futures, count))
+    while waiting:
+        done = waiting.popleft().result()
+        waiting.extend(itertools.islice(futures, 1))
+        yield done
 
 
 def _counted(folder: Path, classes: Sequence[str]) -> Table:
@@ -398,6 +430,15 @@ class _Report:
             self._line(f"{len(self.failures)} of {photos} photos could not be read:", "red")
             for reason in self.failures:
                 self._line(f"  {reason}", "red")
+
+    def full(self, times: int, keep: int) -> None:
+        """Say how many times, if any, the network's list of so many boxes was full."""
+        if times:
+            self._line(
+                f"{times} times the network's list, of {keep}, was full: objects may be missing. "
+                "Look at (smaller) tiles (--tiles), or export from a config with a higher model.select.keep",
+                "yellow",
+            )
 
     def _line(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style), soft_wrap=True)  # Text: a path may hold what looks like markup

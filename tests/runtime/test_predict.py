@@ -1,5 +1,7 @@
 import io
 import json
+import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -10,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
+from detkit import imaging
 from detkit.errors import Interrupted, UserError
 from detkit.manifest import Manifest
 from detkit.runtime.predict import JOB, Job, Output, expand, predict, read_job, unique_stems
@@ -150,6 +153,25 @@ def test_many_photos_share_a_table_and_go_in_small_batches(tmp_path: Path) -> No
     assert ["milk", "19", "19"] in rows
     assert ["żur", "19", "19"] in rows
     assert len(rows) < 15
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core: one reads")
+@pytest.mark.parametrize("pictures", [False, True])
+def test_where_one_thread_detects_several_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: bool) -> None:
+    """As a GPU needs it: two photos are being read at a time, or the first waits for the second in vain."""
+    together = threading.Barrier(2, timeout=10)
+
+    def read(path: Path) -> NDArray[np.uint8]:
+        together.wait()
+        return decode(path)
+
+    decode = imaging.decode
+    monkeypatch.setattr(imaging, "decode", read)
+    for index in range(16):
+        photo(tmp_path / "in" / f"{index}.jpg")
+    output = Output("jsonl", pictures)
+    assert predict(Fake(), [str(tmp_path / "in")], tmp_path / "out", output, console=quiet()) == 0
+    assert len(recorded(tmp_path / "out")) == 16
 
 
 def test_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
