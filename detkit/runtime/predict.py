@@ -8,7 +8,7 @@ import itertools
 import os
 import signal
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -38,6 +38,7 @@ DETAILED = 5  # up to so many photos get a table each; more share one
 ROWS = 25  # of one photo's table
 MANY = 16  # photos from which each is a thread's, rather than each a matter of all threads
 JOB = "job.json"
+NAMES = "classes"  # of the file that says which classes YOLO's numbers are
 
 _T = TypeVar("_T")
 
@@ -68,7 +69,7 @@ def expand(inputs: Sequence[str | Path]) -> list[Path]:
     """The photos that files, folders (with all inside them) and glob patterns name: each once, in the order given, a
     folder's or a pattern's sorted by path. A file named outright counts whatever its suffix; hidden files don't.
 
-    Raises UserError where one of the inputs names nothing.
+    Raises UserError where one of the inputs names nothing, and where a name is not UTF-8, which no format can hold.
     """
     photos: dict[Path, Path] = {}
     for given in inputs:
@@ -85,6 +86,10 @@ def expand(inputs: Sequence[str | Path]) -> list[Path]:
             kinds = ", ".join(imaging.IMAGE_SUFFIXES)
             raise UserError(f"{given}: no {'photos in this folder' if path.is_dir() else 'such photo'} ({kinds})")
         for photo in found:
+            try:
+                str(photo).encode()
+            except UnicodeEncodeError:
+                raise UserError(f"{os.fsencode(photo)!r}: a name that is not UTF-8; rename it") from None
             photos.setdefault(photo.resolve(), photo)
     return list(photos.values())
 
@@ -182,7 +187,8 @@ def predict(
     not be read.
 
     A format of a file a photo writes OUT/<stem>.json (.xml, .txt), and OUT/<stem>.jpg (.png for a PNG) with the boxes;
-    photos that share a stem get <stem>-2 and so on. One of a file for all writes record.FILES, photo by photo.
+    photos that share a stem get <stem>-2 and so on; beside YOLO's files, classes.txt names the classes. One of a file
+    for all writes record.FILES, photo by photo.
     out: a folder that is new or empty; default predictions/<n>. score: the lowest that is shown and written; default:
     as the manifest decides. jobs: how many threads may detect at a time; photos are read, and pictures drawn, beside.
     asked: is kept beside a record; where `out` has it already, its record is gone on with. Raises UserError on bad
@@ -202,6 +208,7 @@ def predict(
         left = [photo for photo in photos if record is None or str(photo) not in record.done]
         if record and len(left) < len(photos):
             report.failures += record.errors
+            report.resume(lines(folder))
             console.print(f"{len(photos) - len(left)} of {len(photos)} photos are done", highlight=False)
         work = _Work(detector, jobs, score, output, folder, names)
         display = stack.enter_context(bar(console))
@@ -229,8 +236,11 @@ def predict(
 
 
 def _summed_up(folder: Path, output: Output, classes: Sequence[str]) -> list[Path]:
-    """Write what is made of the whole record; returns the files."""
+    """Write what is for all photos together; returns the files."""
     files = [write(folder, output.format, classes)] if output.format not in _FORMATS else []
+    if output.format == "yolo":  # its labels are numbers
+        files.append(folder / f"{NAMES}.txt")
+        atomic_write(files[-1], "".join(f"{name}\n" for name in classes))
     return [*files, counts(folder, classes)] if output.counts else files
 
 
@@ -356,8 +366,9 @@ def _counted(folder: Path, classes: Sequence[str]) -> Table:
 
 
 def unique_stems(photos: Sequence[Path]) -> list[str]:
-    """A name for each photo's results: its stem, with -2, -3, ... where an earlier photo has it (in any case)."""
-    taken: set[str] = set()
+    """A name for each photo's results: its stem, with -2, -3, ... where an earlier photo has it (in any case), or it is
+    `NAMES`."""
+    taken = {NAMES}
     names = []
     for photo in photos:
         name, number = photo.stem, 1
@@ -406,16 +417,23 @@ class _Report:
         if done.found is None:
             self.failures.append(done.error)
             return
-        self._read += 1
-        labels = done.found.labels.tolist()
-        self._objects.update(labels)
-        self._photos.update(set(labels))
+        self._count(done.found.labels.tolist())
         if not self.several:
             height, width = done.found.hw
             self._line(f"{done.photo} ({width} x {height})", "bold")  # a title would be broken to the table's width
             self._console.print(self._table(done.found))
             for path, _ in done.files[:1]:
                 self._line(f"{'picture' if path.suffix in ('.jpg', '.png') else 'written'}: {path}\n")
+
+    def resume(self, trees: Iterable[dict[str, Any]]) -> None:
+        """Take in what an earlier part of the job found."""
+        for tree in trees:
+            self._count([self._classes.index(one["label"]) for one in tree["detections"]])
+
+    def _count(self, labels: Sequence[int]) -> None:
+        self._read += 1
+        self._objects.update(labels)
+        self._photos.update(set(labels))
 
     def close(self, folder: Path, photos: int, written: Sequence[Path]) -> None:
         """Sum up, and name the photos that could not be read."""
