@@ -4,13 +4,13 @@
     python benchmarks/inference.py stages RUN [RUN ...]            decode, resize, network, NMS and mapping, one by one
     python benchmarks/inference.py ultralytics RUN PYTHON          a small detector against Ultralytics' ONNX path
     python benchmarks/inference.py start RUN                       from the start of the process to the first detection
-    python benchmarks/inference.py folder MODEL.onnx               detkit predict on 2,000 photos, against its parts
+    python benchmarks/inference.py folder MODEL.onnx [...]         detkit predict on 2,000 photos, against its parts
 
 RUN is a trained run's folder: with random weights there would be nothing, or everything, to find. SSD_RUN and RCNN_RUN
 are of ssd_vgg and faster_rcnn_resnet; on their own photos both precisions have to pass `detkit export`. PYTHON is one
 that has Ultralytics, in an environment of its own: detkit needs nothing of it. RUN@480x640 is the run on another
-canvas, height first. Photos are made up, 640 x 480. Each command writes its section of results/inference.json and
-results/inference.md and leaves the others as they are.
+canvas, height first; MODEL.onnx@400 is on so many photos. Photos are made up, 640 x 480. Each command writes its
+section of results/inference.json and results/inference.md and leaves the others as they are.
 """
 
 from __future__ import annotations
@@ -400,72 +400,71 @@ class _Memory(threading.Thread):
 
 @app.command()
 def folder(
-    model: Path, photos: int = 2000, width: int = 1280, jobs: int = os.cpu_count() or 1, rounds: int = 5
+    models: list[str], photos: int = 2000, width: int = 1280, jobs: int = os.cpu_count() or 1, rounds: int = 5
 ) -> None:
-    """A folder of large photos, read, detected in and recorded, against decoding and detecting alone."""
-    session = Session(model, "cpu", 1)
-    share = photos // rounds
-    taken: dict[str, list[float]] = {"decoding": [], "network": [], "canvas": [], "folder": []}
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
+    """A folder of large photos, read, detected in and recorded, against decoding and the network alone."""
+    with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / "made"
         synth.synthesise(made, train=min(photos, 50), val=0, size=(width, width * 3 // 4), seed=0, workers=jobs)
         contents = [path.read_bytes() for path in sorted(made.rglob("*.jpg"))]
+        rows = [_folder(model, contents, Path(scratch), photos, jobs, rounds) for model in models]
+    note = (
+        f"Photos of {width} x {width * 3 // 4} (made up) to JSON lines, {jobs} threads of one each; photos a second, "
+        f"in {rounds} rounds in which all had their turn. d: `imaging.decode` alone; n: network and NMS alone, on "
+        f"canvases made before, so that resizing counts as overhead. Ratio: of `detkit predict` to 1/(1/d + 1/n); of "
+        f"the rounds the median, the least and the most. Memory: first fifth of the time and last."
+    )
+    save("inference", "folder", "A folder of large photos", note, rows, **_VERSIONS)
+
+
+def _folder(named: str, contents: list[bytes], scratch: Path, photos: int, jobs: int, rounds: int) -> dict[str, Any]:
+    """The figures of one model, MODEL.onnx or MODEL.onnx@PHOTOS."""
+    name, _, count = named.partition("@")
+    share = int(count or photos) // rounds
+    session = Session(name, "cpu", 1)
+    canvases = [_batch(session, content)[1] for content in contents[:32]]
+    taken: dict[str, list[float]] = {"decoding": [], "network": [], "predict": []}
+    with tempfile.TemporaryDirectory(dir=scratch) as place, ThreadPoolExecutor(jobs) as pool:
         parts: list[list[Path]] = []
         for part in range(rounds):
-            (Path(scratch) / str(part)).mkdir()
-            parts.append([Path(scratch) / str(part) / f"{number:04d}.jpg" for number in range(share)])
+            (Path(place) / str(part)).mkdir()
+            parts.append([Path(place) / str(part) / f"{number:04d}.jpg" for number in range(share)])
             for number, path in enumerate(parts[-1]):
                 path.write_bytes(contents[number % len(contents)])
-        images = [imaging.decode(path) for path in parts[0][:32]]
-        canvases = [_batch(session, content)[1] for content in contents[:32]]
 
-        def clocked(what: str, work: Callable[[], object], count: int = share) -> None:
+        def clocked(what: str, work: Callable[[], object]) -> None:
             start = time.perf_counter()
             work()
-            taken[what].append((time.perf_counter() - start) / count)
+            taken[what].append((time.perf_counter() - start) / share)
 
-        def detected() -> None:
-            list(pool.map(lambda number: session.detect([images[number % len(images)]]), range(share)))
+        def predicted(part: list[Path], out: str) -> None:
+            predict.predict(
+                session, part, Path(place) / out, predict.Output("jsonl"), jobs=jobs, console=Console(quiet=True)
+            )
 
-        quiet, job = Console(quiet=True), predict.Output("jsonl")
-        predict.predict(session, parts[0][:32], Path(scratch) / "warm", job, jobs=jobs, console=quiet)
+        predicted(parts[0][:32], "warm")
         with _Memory() as memory:
             for number, part in enumerate(parts):
-                out = Path(scratch) / f"out{number}"
                 clocked("decoding", lambda part=part: list(pool.map(imaging.decode, part)))
-                clocked("network", detected)
-                clocked("canvas", lambda: list(pool.map(lambda i: session.run(canvases[i % 32]), range(share))))
-                clocked(
-                    "folder",
-                    lambda part=part, out=out: predict.predict(session, part, out, job, jobs=jobs, console=quiet),
-                )
-    ratios = [
-        (decode + network) / whole
-        for decode, network, whole in zip(taken["decoding"], taken["network"], taken["folder"], strict=True)
-    ]
-    bare = statistics.median(
-        (decode + canvas) / whole
-        for decode, canvas, whole in zip(taken["decoding"], taken["canvas"], taken["folder"], strict=True)
-    )
-    words = {
-        "decoding": "decoding alone",
-        "network": "Session.detect alone (resizing, network, NMS)",
-        "canvas": "of it the network and NMS, on canvases made before",
-        "folder": "detkit predict",
-    }
-    rows = [
-        {"what": words[what], "photos a second": f"{1 / statistics.median(times):.1f}"} for what, times in taken.items()
-    ]
+                clocked("network", lambda: list(pool.map(lambda i: session.run(canvases[i % 32]), range(share))))
+                clocked("predict", lambda part=part, number=number: predicted(part, f"out{number}"))
+    ratios = [(d + n) / whole for d, n, whole in zip(*taken.values(), strict=True)]
+    d, n, whole = (statistics.median(times) for times in taken.values())
     fifth = max(1, len(memory) // 5)
     first, last = statistics.median(memory[:fifth]), statistics.median(memory[-fifth:])
-    note = (
-        f"{photos} photos of {width} x {width * 3 // 4} (made up) through {model.name}, {jobs} threads of one each, in "
-        f"{rounds} rounds in which all had their turn. Throughput over 1/(1/d + 1/n), d decoding and n Session.detect: "
-        f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); with n the network on canvases, so "
-        f"that resizing counts as overhead: {bare:.3f}. Memory, first fifth of the time and last: {first:.0f} and "
-        f"{last:.0f} MB."
-    )
-    save("inference", "folder", "A folder of large photos", note, rows)
+    row = {
+        "model": session.manifest.name.removesuffix("-overfit"),
+        "canvas": " x ".join(map(str, session.manifest.size)),
+        "photos": str(share * rounds),
+        "d": f"{1 / d:.1f}",
+        "n": f"{1 / n:.1f}",
+        "1/(1/d + 1/n)": f"{1 / (d + n):.1f}",
+        "detkit predict": f"{1 / whole:.1f}",
+        "ratio": f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+        "memory, MB": f"{first:.0f}, {last:.0f}",
+    }
+    console.print(row)
+    return row
 
 
 @app.command()

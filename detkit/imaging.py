@@ -90,17 +90,27 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """A loaded image in RGB, turned as EXIF says."""
+    turn = _TURNS.get(_orientation(image))
+    rgb = _to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
 def decode(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """The image as uint8 [H, W, 3] RGB, turned as EXIF says; transparency on white, 16 bits reduced to 8.
 
     source: a path, or the file's content. Raises UserError, one line naming the file, where it is missing, no image,
     cut off, or has more than `max_pixels`.
     """
+    return np.asarray(picture(source, max_pixels=max_pixels))
+
+
+def picture(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """What `decode` gives, in Pillow's own memory: two copies less for what is only resized then. Raises UserError."""
     with _opened(source, max_pixels) as (image, _):
         image.load()
-        turn = _TURNS.get(_orientation(image))
-        rgb = _to_rgb(image)
-        return np.asarray(rgb if turn is None else rgb.transpose(turn))
+        return _upright(image)
 
 
 def size(path: str | Path) -> tuple[int, int]:
@@ -151,11 +161,10 @@ def inspect(content: bytes, least: int) -> Inspection:
         deep = image.mode.startswith("I") or any(";16" in str(tile) for tile in getattr(image, "tile", ()))
         image.draft(None, (least, least))
         image.load()
-        turn = _TURNS.get(_orientation(image))
-        rgb = _to_rgb(image)
+        rgb = _upright(image)
         mode = "transparent" if image.has_transparency_data else _KINDS_OF_PIXELS.get(image.mode, "")
         kind = "JPEG" if image.format == "MPO" else str(image.format)
-        return Inspection(kind, "16-bit" if deep else mode, np.asarray(rgb if turn is None else rgb.transpose(turn)))
+        return Inspection(kind, "16-bit" if deep else mode, np.asarray(rgb))
 
 
 def _ends_well(file: IO[bytes], kind: str | None) -> bool:
@@ -172,19 +181,24 @@ def _ends_well(file: IO[bytes], kind: str | None) -> bool:
     return False
 
 
-def to_canvas(image: NDArray[np.uint8], plan: ResizePlan, fill: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """The image, uint8 [H, W, 3], resized by antialiased bilinear onto the plan's canvas; uint8 [h, w, 3].
+def to_canvas(
+    image: NDArray[np.uint8] | Image.Image, plan: ResizePlan, fill: tuple[int, int, int]
+) -> NDArray[np.uint8]:
+    """The image, uint8 [H, W, 3] or what `picture` gives, resized by antialiased bilinear onto the plan's canvas; uint8
+    [h, w, 3].
 
     fill: the RGB colour of what a letterbox leaves free.
     """
     height, width = plan.inner
     if plan.inner != plan.source:
-        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)
     if plan.inner == plan.canvas:
-        return image
+        return pixels
     canvas = np.empty((*plan.canvas, 3), np.uint8)
     canvas[:] = fill
-    canvas[:height, :width] = image
+    canvas[:height, :width] = pixels
     return canvas
 
 

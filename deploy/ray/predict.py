@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from detkit import formats, imaging
+from detkit import formats
 from detkit.errors import UserError
 from detkit.runtime import decide
 from detkit.runtime.predict import expand
@@ -38,7 +38,7 @@ class Detect:
     def tree(self, photo: str) -> dict[str, Any]:
         """A photo's line in the record."""
         try:
-            (found,) = self.session.detect([imaging.decode(photo)])
+            (found,) = self.session.detect([self.session.read(photo)])
         except UserError as error:
             return {"image": photo, "error": str(error)}
         shown = decide.shown(found, self.session.manifest, self.score)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import glob
 import io
 import itertools
+import os
 import signal
-import threading
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,11 +32,15 @@ from detkit.runtime.record import FILES, Record, counts, lines, write
 from detkit.runtime.tiles import Flipped, Tiled, Tiling
 from detkit.types import Detections
 
-BATCH = 8  # photos held in memory at a time
+BATCH = 8  # photos that are detected in at a time where one thread detects
+AHEAD = 4  # such batches that are being read or detected in
 DETAILED = 5  # up to so many photos get a table each; more share one
 ROWS = 25  # of one photo's table
 MANY = 16  # photos from which each is a thread's, rather than each a matter of all threads
 JOB = "job.json"
+NAMES = "classes"  # of the file that says which classes YOLO's numbers are
+
+_T = TypeVar("_T")
 
 _FORMATS: dict[str, tuple[str, Callable[[Path, Detections, Sequence[str]], str]]] = {
     "json": (".json", formats.detections_json),
@@ -65,7 +69,7 @@ def expand(inputs: Sequence[str | Path]) -> list[Path]:
     """The photos that files, folders (with all inside them) and glob patterns name: each once, in the order given, a
     folder's or a pattern's sorted by path. A file named outright counts whatever its suffix; hidden files don't.
 
-    Raises UserError where one of the inputs names nothing.
+    Raises UserError where one of the inputs names nothing, and where a name is not UTF-8, which no format can hold.
     """
     photos: dict[Path, Path] = {}
     for given in inputs:
@@ -82,6 +86,10 @@ def expand(inputs: Sequence[str | Path]) -> list[Path]:
             kinds = ", ".join(imaging.IMAGE_SUFFIXES)
             raise UserError(f"{given}: no {'photos in this folder' if path.is_dir() else 'such photo'} ({kinds})")
         for photo in found:
+            try:
+                str(photo).encode()
+            except UnicodeEncodeError:
+                raise UserError(f"{os.fsencode(photo)!r}: a name that is not UTF-8; rename it") from None
             photos.setdefault(photo.resolve(), photo)
     return list(photos.values())
 
@@ -179,7 +187,8 @@ def predict(
     not be read.
 
     A format of a file a photo writes OUT/<stem>.json (.xml, .txt), and OUT/<stem>.jpg (.png for a PNG) with the boxes;
-    photos that share a stem get <stem>-2 and so on. One of a file for all writes record.FILES, photo by photo.
+    photos that share a stem get <stem>-2 and so on; beside YOLO's files, classes.txt names the classes. One of a file
+    for all writes record.FILES, photo by photo.
     out: a folder that is new or empty; default predictions/<n>. score: the lowest that is shown and written; default:
     as the manifest decides. jobs: how many threads may detect at a time; photos are read, and pictures drawn, beside.
     asked: is kept beside a record; where `out` has it already, its record is gone on with. Raises UserError on bad
@@ -199,11 +208,13 @@ def predict(
         left = [photo for photo in photos if record is None or str(photo) not in record.done]
         if record and len(left) < len(photos):
             report.failures += record.errors
+            report.resume(lines(folder))
             console.print(f"{len(photos) - len(left)} of {len(photos)} photos are done", highlight=False)
         work = _Work(detector, jobs, score, output, folder, names)
         display = stack.enter_context(bar(console))
         display.disable = not (report.several and console.is_terminal)
         task = display.add_task("predicting", total=len(photos), completed=len(photos) - len(left))
+        full = 0
         try:
             for done in stack.enter_context(closing(work.through(left))):
                 for path, content in done.files:
@@ -211,6 +222,7 @@ def predict(
                 if record:
                     record.add(done.tree(detector.classes))
                 report.add(done)
+                full += done.full
                 display.update(task, advance=1)
         except KeyboardInterrupt:
             if record is None:
@@ -219,20 +231,16 @@ def predict(
     report.close(folder, len(photos), _summed_up(folder, output, detector.classes))
     if output.counts and not report.several:
         console.print(_counted(folder, detector.classes))
-    full = detector.full if isinstance(detector, Tiled) else work.full
-    if full:
-        console.print(
-            f"{full} times the network's list, of {detector.manifest.nms.keep}, was full: objects may be missing. "
-            "Look at (smaller) tiles (--tiles), or export from a config with a higher model.select.keep",
-            style="yellow",
-            highlight=False,
-        )
+    report.full(detector.full if isinstance(detector, Tiled) else full, detector.manifest.nms.keep)
     return len(report.failures)
 
 
 def _summed_up(folder: Path, output: Output, classes: Sequence[str]) -> list[Path]:
-    """Write what is made of the whole record; returns the files."""
+    """Write what is for all photos together; returns the files."""
     files = [write(folder, output.format, classes)] if output.format not in _FORMATS else []
+    if output.format == "yolo":  # its labels are numbers
+        files.append(folder / f"{NAMES}.txt")
+        atomic_write(files[-1], "".join(f"{name}\n" for name in classes))
     return [*files, counts(folder, classes)] if output.counts else files
 
 
@@ -243,6 +251,7 @@ class _Done(NamedTuple):
     found: Detections | None
     error: str = ""
     files: tuple[tuple[Path, bytes | str], ...] = ()
+    full: bool = False  # the network's list of boxes was full up to the lowest score that counts
 
     def tree(self, classes: Sequence[str]) -> dict[str, object]:
         """Its line in the record."""
@@ -252,49 +261,63 @@ class _Done(NamedTuple):
 
 
 class _Work:
-    """Reading, detecting and drawing, in threads: Pillow, ONNX Runtime and torch let others run meanwhile. full: how
-    often the network's list of boxes was full up to the lowest score that counts."""
+    """Reading, detecting and drawing, in threads: Pillow, ONNX Runtime and torch let others run meanwhile."""
 
     def __init__(
         self, detector: Detector, jobs: int, score: float | None, output: Output, folder: Path, names: dict[Path, str]
     ) -> None:
-        self.detector, self.score, self.output, self.folder, self.names = detector, score, output, folder, names
-        self.full = 0
-        self._turns = threading.Semaphore(jobs)
-        # One thread detects while another reads; where several detect, each reads for itself.
-        self._threads, self._batch = (jobs, 1) if jobs > 1 else (2, BATCH)
+        self.detector, self.jobs, self.score = detector, jobs, score
+        self.output, self.folder, self.names = output, folder, names
+        # What is not drawn is needed on the canvas only, where the detector is a Session; others take pixels.
+        self._read = imaging.decode if output.drawn else getattr(detector, "read", imaging.decode)
 
     def through(self, photos: Sequence[Path]) -> Generator[_Done]:
-        """The photos in their order; no more are in memory than the threads have in hand, and one batch more."""
-        batches = (photos[start : start + self._batch] for start in range(0, len(photos), self._batch))
-        pool = ThreadPoolExecutor(self._threads)
+        """The photos in their order; a few batches are in hand at a time, and in memory."""
+        return self._each_alone(photos) if self.jobs > 1 else self._in_batches(photos)
+
+    def _each_alone(self, photos: Sequence[Path]) -> Generator[_Done]:
+        """Several threads detect: each takes a photo from its file to its line."""
+        with _pool(self.jobs) as pool:
+            yield from _ahead((pool.submit(self._done, photo) for photo in photos), 2 * self.jobs)
+
+    def _in_batches(self, photos: Sequence[Path]) -> Generator[_Done]:
+        """One thread detects, on a GPU say; as many as there are cores read and draw for it."""
+        batches = (photos[start : start + BATCH] for start in range(0, len(photos), BATCH))
+        with _pool(os.cpu_count()) as helpers, _pool(1) as detecting:
+
+            def begun(batch: Sequence[Path]) -> Future[list[Future[_Done]]]:
+                reading = [helpers.submit(self._readable, photo) for photo in batch]
+                return detecting.submit(detected, batch, reading)
+
+            def detected(batch: Sequence[Path], reading: Sequence[Future[Any]]) -> list[Future[_Done]]:
+                images = [one.result() for one in reading]
+                rows = zip(batch, images, self._found(images), strict=True)
+                return [helpers.submit(self._finished, *row) for row in rows]
+
+            for finishing in _ahead((begun(batch) for batch in batches), AHEAD):
+                yield from (one.result() for one in finishing)
+
+    def _done(self, photo: Path) -> _Done:
+        image = self._readable(photo)
+        return self._finished(photo, image, *self._found([image]))
+
+    def _found(self, images: Sequence[Any]) -> list[Detections | None]:
+        """What is in each image; None where it could not be read."""
+        found = iter(self.detector.detect([image for image in images if not isinstance(image, str)]))
+        return [None if isinstance(image, str) else next(found) for image in images]
+
+    def _readable(self, photo: Path) -> Any:
+        """What the detector takes of a photo, or why it could not be read."""
         try:
-            waiting = deque(pool.submit(self._batched, batch) for batch in itertools.islice(batches, self._threads + 1))
-            while waiting:
-                done = waiting.popleft().result()
-                waiting.extend(pool.submit(self._batched, batch) for batch in itertools.islice(batches, 1))
-                yield from done
-        finally:
-            pool.shutdown(cancel_futures=True)
+            return self._read(photo)
+        except UserError as error:
+            return str(error)
 
-    def _batched(self, photos: Sequence[Path]) -> list[_Done]:
-        read: list[tuple[Path, NDArray[np.uint8] | str]] = []
-        for photo in photos:
-            try:
-                read.append((photo, imaging.decode(photo)))
-            except UserError as error:
-                read.append((photo, str(error)))
-        with self._turns:
-            found = iter(self.detector.detect([image for _, image in read if not isinstance(image, str)]))
-        return [
-            _Done(photo, None, image) if isinstance(image, str) else self._finished(photo, image, next(found))
-            for photo, image in read
-        ]
-
-    def _finished(self, photo: Path, image: NDArray[np.uint8], found: Detections) -> _Done:
+    def _finished(self, photo: Path, image: Any, found: Detections | None) -> _Done:
+        if found is None:
+            return _Done(photo, None, image)
         kept = decide.shown(found, self.detector.manifest, self.score)
-        if not isinstance(self.detector, Tiled):
-            self.full += len(kept) >= self.detector.manifest.nms.keep
+        full = len(kept) >= self.detector.manifest.nms.keep
         target, files = self.folder / self.names[photo], list[tuple[Path, bytes | str]]()
         if self.output.drawn:
             # Not with_suffix: a stem may have a dot of its own.
@@ -306,7 +329,26 @@ class _Work:
         if self.output.format in _FORMATS:
             suffix, text = _FORMATS[self.output.format]
             files.append((target.with_name(target.name + suffix), text(photo, kept, self.detector.classes)))
-        return _Done(photo, kept, files=tuple(files))
+        return _Done(photo, kept, files=tuple(files), full=full)
+
+
+@contextmanager
+def _pool(threads: int | None) -> Iterator[ThreadPoolExecutor]:
+    """Threads that, at the end of the block, finish what they have begun and leave the rest."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ahead(futures: Iterator[Future[_T]], count: int) -> Iterator[_T]:
+    """The results in their order, `count` of them begun before they are asked for."""
+    waiting = deque(itertools.islice(futures, count))
+    while waiting:
+        done = waiting.popleft().result()
+        waiting.extend(itertools.islice(futures, 1))
+        yield done
 
 
 def _counted(folder: Path, classes: Sequence[str]) -> Table:
@@ -324,8 +366,9 @@ def _counted(folder: Path, classes: Sequence[str]) -> Table:
 
 
 def unique_stems(photos: Sequence[Path]) -> list[str]:
-    """A name for each photo's results: its stem, with -2, -3, ... where an earlier photo has it (in any case)."""
-    taken: set[str] = set()
+    """A name for each photo's results: its stem, with -2, -3, ... where an earlier photo has it (in any case), or it is
+    `NAMES`."""
+    taken = {NAMES}
     names = []
     for photo in photos:
         name, number = photo.stem, 1
@@ -374,16 +417,23 @@ class _Report:
         if done.found is None:
             self.failures.append(done.error)
             return
-        self._read += 1
-        labels = done.found.labels.tolist()
-        self._objects.update(labels)
-        self._photos.update(set(labels))
+        self._count(done.found.labels.tolist())
         if not self.several:
             height, width = done.found.hw
             self._line(f"{done.photo} ({width} x {height})", "bold")  # a title would be broken to the table's width
             self._console.print(self._table(done.found))
             for path, _ in done.files[:1]:
                 self._line(f"{'picture' if path.suffix in ('.jpg', '.png') else 'written'}: {path}\n")
+
+    def resume(self, trees: Iterable[dict[str, Any]]) -> None:
+        """Take in what an earlier part of the job found."""
+        for tree in trees:
+            self._count([self._classes.index(one["label"]) for one in tree["detections"]])
+
+    def _count(self, labels: Sequence[int]) -> None:
+        self._read += 1
+        self._objects.update(labels)
+        self._photos.update(set(labels))
 
     def close(self, folder: Path, photos: int, written: Sequence[Path]) -> None:
         """Sum up, and name the photos that could not be read."""
@@ -398,6 +448,15 @@ class _Report:
             self._line(f"{len(self.failures)} of {photos} photos could not be read:", "red")
             for reason in self.failures:
                 self._line(f"  {reason}", "red")
+
+    def full(self, times: int, keep: int) -> None:
+        """Say how many times, if any, the network's list of so many boxes was full."""
+        if times:
+            self._line(
+                f"{times} times the network's list, of {keep}, was full: objects may be missing. "
+                "Look at (smaller) tiles (--tiles), or export from a config with a higher model.select.keep",
+                "yellow",
+            )
 
     def _line(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style), soft_wrap=True)  # Text: a path may hold what looks like markup

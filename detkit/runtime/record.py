@@ -44,14 +44,18 @@ class Record:
                     self.errors.append(tree["error"])
                 whole += len(line)
             self._file.truncate(whole)
+            self._file.seek(whole)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path}: can't be gone on with ({error})") from None
 
     def add(self, tree: dict[str, Any]) -> None:
-        """Write a photo's line."""
+        """Write a photo's line: all of it, or none."""
+        line, start = json.dumps(tree, ensure_ascii=False).encode() + b"\n", self._file.tell()
         try:
-            self._file.write(json.dumps(tree, ensure_ascii=False).encode() + b"\n")
+            while line:  # a disk that is nearly full takes a part without an error
+                line = line[self._file.write(line) :]
         except OSError as error:
+            self._file.truncate(start)
             raise UserError(f"{self.path}: can't be written ({error.strerror or error})") from None
 
     def __enter__(self) -> Self:

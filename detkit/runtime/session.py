@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
+from PIL.Image import Image
 
 from detkit import geometry, imaging
 from detkit import manifest as manifests
@@ -75,11 +76,19 @@ def require_photo(image: NDArray[np.uint8]) -> None:
         raise ValueError(f"an image must be uint8 [height, width, 3], not {image.dtype} {list(image.shape)}")
 
 
-def onto_canvas(image: NDArray[np.uint8], said: Manifest) -> tuple[geometry.ResizePlan, NDArray[np.uint8]]:
-    """How a photo, uint8 [h, w, 3], lies on a model's canvas, and that canvas as the network takes it: uint8 [3, H, W],
+class Canvas(NamedTuple):
+    """A photo on a model's canvas. plan: how it lies there. image: the canvas as the network takes it, uint8 [3, H, W],
     not contiguous."""
-    plan = geometry.plan((image.shape[0], image.shape[1]), said.size, said.resize)
-    return plan, imaging.to_canvas(image, plan, said.fill).transpose(2, 0, 1)
+
+    plan: geometry.ResizePlan
+    image: NDArray[np.uint8]
+
+
+def onto_canvas(image: NDArray[np.uint8] | Image, said: Manifest) -> Canvas:
+    """A photo, uint8 [h, w, 3] or what imaging.picture gives, on a model's canvas."""
+    hw = image.size[::-1] if isinstance(image, Image) else image.shape[:2]
+    plan = geometry.plan((hw[0], hw[1]), said.size, said.resize)
+    return Canvas(plan, imaging.to_canvas(image, plan, said.fill).transpose(2, 0, 1))
 
 
 def detections(
@@ -100,22 +109,23 @@ def detections(
 
 
 def detect_with(
-    run: Run, manifest: Manifest, images: Sequence[NDArray[np.uint8]], nms: merge.Kind = "hard"
+    run: Run, manifest: Manifest, images: Sequence[NDArray[np.uint8] | Canvas], nms: merge.Kind = "hard"
 ) -> list[Detections]:
     """Detections of each image, in its own pixels, as one batch through `run`.
 
     run: from uint8 [B, 3, H, W] on the canvas to boxes, scores and labels (see `Raw`). images: uint8 [h, w, 3] RGB,
-    each of any size. Raises ValueError on anything else. nms: what becomes of candidates that overlap, where the
-    network leaves that open.
+    each of any size, or on this model's canvas already. Raises ValueError on anything else. nms: what becomes of
+    candidates that overlap, where the network leaves that open.
     """
     if not images:
         return []
     for image in images:
-        require_photo(image)
+        if not isinstance(image, Canvas):
+            require_photo(image)
     batch_B3HW = np.empty((len(images), 3, *manifest.size), np.uint8)
     plans = []
     for slot, image in zip(batch_B3HW, images, strict=True):
-        plan, slot[:] = onto_canvas(image, manifest)
+        plan, slot[:] = image if isinstance(image, Canvas) else onto_canvas(image, manifest)
         plans.append(plan)
     outputs = run(batch_B3HW)
     found = [detections(plan, *rows) for plan, *rows in zip(plans, *outputs, strict=True)]
@@ -190,16 +200,25 @@ class Session:
         self._session.run_with_iobinding(binding)
         return [value.numpy() for value in binding.get_outputs()]
 
-    def detect(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+    def read(self, source: str | Path | bytes, *, max_pixels: int = imaging.MAX_PIXELS) -> Canvas | NDArray[np.uint8]:
+        """A photo as `detect` takes it: for a canvas file on its canvas already, which is less work, and holds less
+        memory, than its pixels; for an image file the pixels. Source, `max_pixels`, errors: imaging.decode's."""
+        if self.kind == "image":
+            return imaging.decode(source, max_pixels=max_pixels)
+        return onto_canvas(imaging.picture(source, max_pixels=max_pixels), self.manifest)
+
+    def detect(self, images: Sequence[NDArray[np.uint8] | Canvas]) -> list[Detections]:
         """Detections of each image in its own pixels, best first. All images go through a canvas file as one batch, and
         through an image file one after the other.
 
-        images: uint8 [h, w, 3] RGB, each of any size. Raises ValueError on anything else.
+        images: uint8 [h, w, 3] RGB, each of any size, or what `read` gives. Raises ValueError on anything else.
         """
         if self.kind == "canvas":
             return detect_with(self.run, self.manifest, images, self.nms)
         found = []
         for image in images:
+            if isinstance(image, Canvas):
+                raise ValueError("an image file takes pixels, not a canvas")
             require_photo(image)
             hw = image.shape[:2]
             (rows,) = zip(*self.run(np.ascontiguousarray(image)), strict=True)

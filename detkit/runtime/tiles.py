@@ -8,6 +8,7 @@ objects are looked for in the photo as a whole.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -131,27 +132,29 @@ class Tiled(_Looks):
     def __init__(self, detector: Detector, tiling: Tiling, sure: Sure | None = None) -> None:
         super().__init__(detector)
         self.tiling, self.sure, self.full = tiling, sure, 0
+        self._counting = threading.Lock()  # several threads may detect
 
     def detect(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
         """Detections of each image, uint8 [h, w, 3], in its own pixels, best first."""
         return [self._one(image) for image in images]
 
-    def _fills(self, found: Detections) -> bool:
-        shown = found if self.sure is None else _part(found, self.sure(found))
-        return len(shown) >= self.manifest.nms.keep
+    def _count(self, looks: Sequence[Detections]) -> None:
+        shown = looks if self.sure is None else [_part(one, self.sure(one)) for one in looks]
+        with self._counting:
+            self.full += sum(len(one) >= self.manifest.nms.keep for one in shown)
 
     def _one(self, image: NDArray[np.uint8]) -> Detections:
         hw = (image.shape[0], image.shape[1])
         places = self.tiling.corners(hw)
         if len(places) == 1:
             (only,) = self.detector.detect([image])
-            self.full += self._fills(only)
+            self._count([only])
             return only
         views = [image, *(np.ascontiguousarray(image[y1:y2, x1:x2]) for x1, y1, x2, y2 in places)]
         found: list[Detections] = []
         for start in range(0, len(views), BATCH):
             found += self.detector.detect(views[start : start + BATCH])
-        self.full += sum(self._fills(one) for one in found)
+        self._count(found)
         return joined(found[1:], places, found[0], self.tiling, self.manifest.nms, self.sure)
 
 

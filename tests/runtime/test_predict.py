@@ -1,7 +1,12 @@
+import errno
 import io
 import json
+import os
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -10,9 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
+from detkit import imaging
 from detkit.errors import Interrupted, UserError
 from detkit.manifest import Manifest
 from detkit.runtime.predict import JOB, Job, Output, expand, predict, read_job, unique_stems
+from detkit.runtime.record import Record
 from detkit.types import Detections
 from tests.test_manifest import manifest
 
@@ -83,9 +90,17 @@ def test_expand_refuses_what_names_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert str(error.value).startswith(given)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes")
+def test_a_name_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    photo(tmp_path / "a.jpg").rename(tmp_path / os.fsdecode(b"a\xff.jpg"))
+    with pytest.raises(UserError, match=r"a\\xff.jpg': a name that is not UTF-8; rename it"):
+        expand([tmp_path])
+
+
 def test_stems_are_made_unique_in_any_case() -> None:
     photos = [Path(name) for name in ("x/a.jpg", "y/A.jpg", "a-2.png", "a.png", "b.c.jpg")]
     assert unique_stems(photos) == ["a", "A-2", "a-2-2", "a-3", "b.c"]
+    assert unique_stems([Path("Classes.jpg")]) == ["Classes-2"]  # beside YOLO's classes.txt
 
 
 def test_pictures_and_json(tmp_path: Path) -> None:
@@ -150,6 +165,25 @@ def test_many_photos_share_a_table_and_go_in_small_batches(tmp_path: Path) -> No
     assert ["milk", "19", "19"] in rows
     assert ["żur", "19", "19"] in rows
     assert len(rows) < 15
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core: one reads")
+@pytest.mark.parametrize("pictures", [False, True])
+def test_where_one_thread_detects_several_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: bool) -> None:
+    """As a GPU needs it: two photos are being read at a time, or the first waits for the second in vain."""
+    together = threading.Barrier(2, timeout=10)
+
+    def read(path: Path) -> NDArray[np.uint8]:
+        together.wait()
+        return decode(path)
+
+    decode = imaging.decode
+    monkeypatch.setattr(imaging, "decode", read)
+    for index in range(16):
+        photo(tmp_path / "in" / f"{index}.jpg")
+    output = Output("jsonl", pictures)
+    assert predict(Fake(), [str(tmp_path / "in")], tmp_path / "out", output, console=quiet()) == 0
+    assert len(recorded(tmp_path / "out")) == 16
 
 
 def test_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +255,8 @@ def test_coco_and_csv_say_what_the_record_says(tmp_path: Path) -> None:
 def test_yolo_is_shares_of_the_photo(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert predict(Fake(), [photo(tmp_path / "a.jpg")], out, Output("yolo", pictures=False), console=quiet()) == 0
-    assert names_in(out) == ["a.txt"]
+    assert names_in(out) == ["a.txt", "classes.txt"]
+    assert (out / "classes.txt").read_text(encoding="utf-8") == "milk\nżur\n牛奶\n"
     assert (out / "a.txt").read_text() == "1 0.359375 0.437500 0.568750 0.625000 0.9000\n"
 
 
@@ -250,6 +285,7 @@ def test_a_job_that_was_ended_is_gone_on_with_each_photo_once(tmp_path: Path, mo
     assert sum(detector.batches) < 30
     assert f"{len(done)} of 30 photos are done" in said(console)
     assert "1 of 30 photos could not be read:" in said(console)
+    assert "29 objects in 29 photos" in said(console)  # of the whole job
     assert said(console).count("05.jpg") == 1
 
 
@@ -273,6 +309,30 @@ def test_what_can_not_be_gone_on_with_is_one_line(tmp_path: Path, monkeypatch: p
     (out / JOB).write_text("{}")
     with pytest.raises(UserError, match="can't be read"):
         read_job(out)
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    """A disk with room for a part of a line takes that part, and says so at the next."""
+    with Record(tmp_path) as record:
+        record.add({"image": "a.jpg"})
+        real = record._file
+
+        class Full:
+            def write(self, line: bytes) -> int:
+                if len(line) < 5:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return real.write(line[:5])
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(real, name)
+
+        record._file = Full()  # type: ignore[assignment]
+        with pytest.raises(UserError, match="can't be written \\(No space left on device\\)"):
+            record.add({"image": "b.jpg"})
+    with Record(tmp_path) as record:
+        assert record.done == {"a.jpg"}
+        record.add({"image": "c.jpg"})
+    assert [row["image"] for row in recorded(tmp_path)] == ["a.jpg", "c.jpg"]
 
 
 def test_a_full_list_is_said(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+from PIL import Image
 
+from detkit import imaging
 from detkit.errors import UserError
 from detkit.manifest import KEY
 from detkit.runtime import session as module
@@ -90,6 +92,34 @@ def test_a_file_that_takes_photos_of_any_size_needs_no_canvas(tmp_path: Path) ->
     assert [part.shape for part in session.run(photos[0])] == [(1, 2, 4), (1, 2), (1, 2)]
     with pytest.raises(ValueError, match="an image must be uint8"):
         session.detect([photo(4, 4)[0]])
+
+
+@pytest.mark.parametrize("kind", ["stretch", "letterbox", "image"])
+def test_a_photo_read_onto_the_canvas_is_found_in_as_its_pixels_are(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(image_model(manifest()) if kind == "image" else onnx_model(manifest(resize=kind)), path)
+    session = Session(path, device="cpu")
+    noise = Image.fromarray(np.random.default_rng(0).integers(1, 256, (150, 210, 3), dtype=np.uint8))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    noise.save(tmp_path / "large.jpg", exif=turned)
+    noise.crop((0, 0, 96, 64)).save(tmp_path / "exact.png")
+    noise.convert("P").crop((0, 0, 31, 50)).save(tmp_path / "small.gif")
+    for name in ("large.jpg", "exact.png", "small.gif"):
+        pixels, read = imaging.decode(tmp_path / name), session.read((tmp_path / name).read_bytes())
+        if isinstance(read, module.Canvas):
+            assert_array_equal(read.image, module.onto_canvas(pixels, session.manifest).image)
+        else:
+            assert_array_equal(read, pixels)
+        found, expected = session.detect([session.read(tmp_path / name), pixels])
+        assert found.hw == expected.hw == pixels.shape[:2]
+        assert_array_equal(found.boxes, expected.boxes)
+        assert_array_equal(found.scores, expected.scores)
+        assert len(found)
+    with pytest.raises(UserError, match="megapixels"):
+        session.read(tmp_path / "large.jpg", max_pixels=1000)
+    with pytest.raises(ValueError, match="pixels, not a canvas" if kind == "image" else "broadcast"):
+        session.detect([module.onto_canvas(np.zeros((9, 9, 3), np.uint8), manifest(size=(32, 32)))])
 
 
 def test_a_canvas_file_says_so(make_model: Make) -> None:
