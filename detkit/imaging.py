@@ -90,17 +90,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def picture(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image in Pillow's own form, RGB, as `decode` gives it: for what would only make one of the array again."""
+    with _opened(source, max_pixels) as (image, _):
+        image.load()
+        turn = _TURNS.get(_orientation(image))
+        rgb = _to_rgb(image)
+        return rgb if turn is None else rgb.transpose(turn)
+
+
 def decode(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """The image as uint8 [H, W, 3] RGB, turned as EXIF says; transparency on white, 16 bits reduced to 8.
 
     source: a path, or the file's content. Raises UserError, one line naming the file, where it is missing, no image,
     cut off, or has more than `max_pixels`.
     """
-    with _opened(source, max_pixels) as (image, _):
-        image.load()
-        turn = _TURNS.get(_orientation(image))
-        rgb = _to_rgb(image)
-        return np.asarray(rgb if turn is None else rgb.transpose(turn))
+    return np.asarray(picture(source, max_pixels=max_pixels))
 
 
 def size(path: str | Path) -> tuple[int, int]:
@@ -172,14 +177,19 @@ def _ends_well(file: IO[bytes], kind: str | None) -> bool:
     return False
 
 
-def to_canvas(image: NDArray[np.uint8], plan: ResizePlan, fill: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """The image, uint8 [H, W, 3], resized by antialiased bilinear onto the plan's canvas; uint8 [h, w, 3].
+def to_canvas(
+    image: NDArray[np.uint8] | Image.Image, plan: ResizePlan, fill: tuple[int, int, int]
+) -> NDArray[np.uint8]:
+    """The image, uint8 [H, W, 3] or a `picture`, resized by antialiased bilinear onto the plan's canvas; uint8
+    [h, w, 3].
 
     fill: the RGB colour of what a letterbox leaves free.
     """
     height, width = plan.inner
     if plan.inner != plan.source:
-        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+        whole = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        image = whole.resize((width, height), Image.Resampling.BILINEAR)
+    image = np.asarray(image)
     if plan.inner == plan.canvas:
         return image
     canvas = np.empty((*plan.canvas, 3), np.uint8)

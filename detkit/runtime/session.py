@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
+from PIL import Image
 
 from detkit import geometry, imaging
 from detkit import manifest as manifests
@@ -75,10 +76,13 @@ def require_photo(image: NDArray[np.uint8]) -> None:
         raise ValueError(f"an image must be uint8 [height, width, 3], not {image.dtype} {list(image.shape)}")
 
 
-def onto_canvas(image: NDArray[np.uint8], said: Manifest) -> tuple[geometry.ResizePlan, NDArray[np.uint8]]:
-    """How a photo, uint8 [h, w, 3], lies on a model's canvas, and that canvas as the network takes it: uint8 [3, H, W],
-    not contiguous."""
-    plan = geometry.plan((image.shape[0], image.shape[1]), said.size, said.resize)
+def onto_canvas(
+    image: NDArray[np.uint8] | Image.Image, said: Manifest
+) -> tuple[geometry.ResizePlan, NDArray[np.uint8]]:
+    """How a photo, uint8 [h, w, 3] or an `imaging.picture`, lies on a model's canvas, and that canvas as the network
+    takes it: uint8 [3, H, W], not contiguous."""
+    hw = (image.height, image.width) if isinstance(image, Image.Image) else (image.shape[0], image.shape[1])
+    plan = geometry.plan(hw, said.size, said.resize)
     return plan, imaging.to_canvas(image, plan, said.fill).transpose(2, 0, 1)
 
 

@@ -78,10 +78,10 @@ class Engine:
         return merge.merge(detections(plan, boxes, scores, labels), self.session.nms, self.manifest.nms)
 
     def _prepare(self, content: bytes) -> tuple[geometry.ResizePlan, Image]:
-        image = imaging.decode(content, max_pixels=self._settings.max_pixels)
+        image = imaging.picture(content, max_pixels=self._settings.max_pixels)
         if self.session.kind == "image":
-            hw = (image.shape[0], image.shape[1])
-            return geometry.ResizePlan(hw, hw, hw), np.ascontiguousarray(image)
+            hw = (image.height, image.width)
+            return geometry.ResizePlan(hw, hw, hw), np.asarray(image)
         return onto_canvas(image, self.manifest)
 
     async def infer(self, images: Sequence[Image]) -> Raw:
