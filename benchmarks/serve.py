@@ -69,9 +69,11 @@ def _server(model: Path, threads: int, batch: int) -> Iterator[tuple[psutil.Proc
             raise SystemExit("the server did not start")
         # What it logs must go somewhere, or it would wait.
         with subprocess.Popen(["cat"], stdin=server.stderr, stdout=subprocess.DEVNULL):
-            yield psutil.Process(server.pid), port
-            server.terminate()
-            server.wait()
+            try:
+                yield psutil.Process(server.pid), port
+            finally:  # or `cat` would never end
+                server.terminate()
+                server.wait()
     finally:
         server.kill()
 
