@@ -85,8 +85,10 @@ def detections_dict(path: str | Path, found: Detections, classes: Sequence[str])
         "height": found.hw[0],
         "width": found.hw[1],
         "detections": [
-            {"label": classes[label], "score": round(float(score), 4), "box": [round(float(v), 2) for v in box]}
-            for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True)
+            {"label": classes[label], "score": round(score, 4), "box": [round(side, 2) for side in box]}
+            for box, score, label in zip(
+                found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
+            )
         ],
     }
 

@@ -17,7 +17,6 @@ from fastapi import FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
-from pydantic import BaseModel, Field
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -27,7 +26,7 @@ from detkit import __version__, formats, imaging
 from detkit.manifest import Manifest
 from detkit.runtime import decide, render
 from detkit.runtime.predict import unique_stems
-from detkit.serve import rpc, v2
+from detkit.serve import openapi, rpc, v2
 from detkit.serve.gate import Gate, problem
 from detkit.serve.models import Entry, Repository
 from detkit.serve.observe import Metrics
@@ -41,104 +40,6 @@ _POLICY = (
 )
 
 Photos = Sequence[tuple[str, bytes]]
-
-
-class Found(BaseModel):
-    """One object."""
-
-    label: str
-    score: float = Field(ge=0, le=1)
-    box: tuple[float, float, float, float] = Field(description="x1 y1 x2 y2 in pixels of the photo, turned upright")
-
-
-class Photo(BaseModel):
-    """What was found in one photo, best first."""
-
-    image: str = Field(description="the file's name, as sent")
-    height: int
-    width: int
-    detections: list[Found]
-
-
-class Answer(BaseModel):
-    """What /v1/detect says: the photos in the order in which they were sent."""
-
-    model: str
-    version: str
-    photos: list[Photo]
-
-    model_config = {
-        "json_schema_extra": {
-            "example": {
-                "model": "shelf",
-                "version": "1",
-                "photos": [
-                    {
-                        "image": "photo.jpg",
-                        "height": 480,
-                        "width": 640,
-                        "detections": [{"label": "milk", "score": 0.93, "box": [12.5, 40.0, 118.25, 300.0]}],
-                    }
-                ],
-            }
-        }
-    }
-
-
-class Error(BaseModel):
-    """Why a request got nothing: one line."""
-
-    error: str
-
-    model_config = {"json_schema_extra": {"example": {"error": "photo.jpg: not an image that can be read"}}}
-
-
-class ModelInfo(BaseModel):
-    """A model that is served."""
-
-    name: str
-    version: str
-    classes: list[str]
-    score: float = Field(description="lowest score that is shown, unless a request or the model's thresholds say")
-    thresholds: list[float] = Field(description="lowest score of each class that is shown unless a request says")
-    size: tuple[int, int] = Field(description="height and width of the canvas")
-    device: str
-
-
-_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "image/jpeg": {"schema": {"type": "string", "format": "binary"}},
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": {"photo": {"type": "array", "items": {"type": "string", "format": "binary"}}},
-                }
-            },
-        },
-        "description": "One photo as it is, whatever its Content-Type says; or one and more as multipart/form-data.",
-    }
-}
-_DETECT: dict[int | str, dict[str, Any]] = {
-    200: {
-        "model": Answer,
-        "description": "Detections; with several photos, pictures and XML come as a ZIP.",
-        "content": {"image/jpeg": {}, "application/xml": {}, "application/zip": {}},
-    },
-    **{
-        status: {"model": Error, "description": text}
-        for status, text in {
-            401: "No token, or another.",
-            404: "No such model.",
-            408: "The request took too long to arrive.",
-            413: "More bytes or photos than allowed.",
-            422: "Not a photo, damaged, too many pixels; or a parameter that is none.",
-            429: "The queue is full: try again after Retry-After seconds.",
-            503: "No answer in time, or shutting down: try again after Retry-After seconds.",
-        }.items()
-    },
-}
 
 
 def create(settings: Settings, repository: Repository | None = None, metrics: Metrics | None = None) -> Gate:
@@ -167,6 +68,7 @@ def create(settings: Settings, repository: Repository | None = None, metrics: Me
         lifespan=lifespan,
         docs_url=None,  # its page is fetched from elsewhere
         redoc_url=None,
+        responses={"default": {"model": openapi.Error, "description": "Why there is no answer."}},
     )
     app.state.ready = False
     _errors(app)
@@ -213,17 +115,33 @@ def _base(app: FastAPI, models: Repository, metrics: Metrics) -> None:
     async def index() -> Response:
         return Response(page, media_type="text/html", headers=policy)
 
-    @app.get("/health/live", tags=["health"], summary="The process answers")
-    @app.get("/v2/health/live", tags=["v2"], summary="The process answers")
+    @app.get("/health/live", tags=["health"], summary="The process answers", responses=openapi.example({"live": True}))
+    @app.get("/v2/health/live", tags=["v2"], summary="The process answers", responses=openapi.example({"live": True}))
     async def live() -> dict[str, bool]:
         return {"live": True}
 
-    @app.get("/health/ready", tags=["health"], summary="Models are loaded, and it is not shutting down")
-    @app.get("/v2/health/ready", tags=["v2"], summary="Models are loaded, and it is not shutting down")
+    @app.get(
+        "/health/ready",
+        tags=["health"],
+        summary="Models are loaded, and it is not shutting down",
+        responses=openapi.READY,
+    )
+    @app.get(
+        "/v2/health/ready",
+        tags=["v2"],
+        summary="Models are loaded, and it is not shutting down",
+        responses=openapi.READY,
+    )
     async def ready() -> Response:
         return JSONResponse({"ready": app.state.ready}, 200 if app.state.ready else 503)
 
-    @app.get("/metrics", tags=["health"], summary="Figures for Prometheus")
+    @app.get(
+        "/metrics",
+        tags=["health"],
+        summary="Figures for Prometheus",
+        response_class=Response,
+        responses=openapi.METRICS,
+    )
     async def figures() -> Response:
         for entry in models:
             metrics.waiting.labels(entry.name, entry.version).set(entry.engine.batcher.held)
@@ -232,7 +150,7 @@ def _base(app: FastAPI, models: Repository, metrics: Metrics) -> None:
 
 def _photos(app: FastAPI, models: Repository, settings: Settings, metrics: Metrics) -> None:
     @app.get("/v1/models", tags=["v1"], summary="What is served; the first is the default")
-    async def listed() -> list[ModelInfo]:
+    async def listed() -> list[openapi.ModelInfo]:
         return [_info(entry) for entry in models]
 
     @app.get("/v1/models/{name}", tags=["v1"], summary="How a model was made: its manifest")
@@ -240,7 +158,13 @@ def _photos(app: FastAPI, models: Repository, settings: Settings, metrics: Metri
     async def described(name: str, version: str | None = None) -> Manifest:
         return models.find(name, version).engine.manifest
 
-    @app.post("/v1/detect", tags=["v1"], summary="Find the products in photos", responses=_DETECT, openapi_extra=_BODY)
+    @app.post(
+        "/v1/detect",
+        tags=["v1"],
+        summary="Find the products in photos",
+        responses=openapi.DETECT,
+        openapi_extra=openapi.BODY,
+    )
     async def detect(
         request: Request,
         model: Annotated[str | None, Query(description="default: the first")] = None,
@@ -293,9 +217,9 @@ def _count(metrics: Metrics, entry: Entry, found: Sequence[Detections]) -> None:
         metrics.found.labels(entry.name, entry.version, entry.engine.session.classes[label]).inc(number)
 
 
-def _info(entry: Entry) -> ModelInfo:
+def _info(entry: Entry) -> openapi.ModelInfo:
     made = entry.engine.manifest
-    return ModelInfo(
+    return openapi.ModelInfo(
         name=entry.name, version=entry.version, classes=list(made.classes), score=made.score,
         thresholds=list(decide.thresholds(made)), size=made.size, device=entry.engine.session.device,
     )  # fmt: skip
@@ -356,28 +280,37 @@ def _protocol(app: FastAPI, models: Repository, settings: Settings) -> None:
         if not app.state.ready:
             raise Problem(503, "starting or shutting down", 1)
 
-    @app.get("/v2", tags=["v2"], summary="Metadata of the server")
+    @app.get("/v2", tags=["v2"], summary="Metadata of the server", responses=openapi.SERVER)
     async def server() -> dict[str, Any]:
         return v2.server()
 
-    @app.post("/v2/repository/index", tags=["v2"], summary="All models")
+    @app.post("/v2/repository/index", tags=["v2"], summary="All models", responses=openapi.INDEX)
     async def index() -> list[dict[str, str]]:
         return v2.index(list(models))
 
-    @app.get("/v2/models/{name}", tags=["v2"], summary="Metadata of a model")
-    @app.get("/v2/models/{name}/versions/{version}", tags=["v2"], summary="Metadata of a model")
+    @app.get("/v2/models/{name}", tags=["v2"], summary="Metadata of a model", responses=openapi.METADATA)
+    @app.get(
+        "/v2/models/{name}/versions/{version}", tags=["v2"], summary="Metadata of a model", responses=openapi.METADATA
+    )
     async def metadata(name: str, version: str | None = None) -> dict[str, Any]:
         return v2.metadata(models.find(name, version), models.versions(name))
 
-    @app.get("/v2/models/{name}/ready", tags=["v2"], summary="Whether a model answers")
-    @app.get("/v2/models/{name}/versions/{version}/ready", tags=["v2"], summary="Whether a model answers")
+    @app.get("/v2/models/{name}/ready", tags=["v2"], summary="Whether a model answers", responses=openapi.MODEL_READY)
+    @app.get(
+        "/v2/models/{name}/versions/{version}/ready",
+        tags=["v2"],
+        summary="Whether a model answers",
+        responses=openapi.MODEL_READY,
+    )
     async def ready(name: str, version: str | None = None) -> dict[str, Any]:
         served()
         entry = models.find(name, version)
         return {"name": entry.name, "ready": True}
 
-    @app.post("/v2/models/{name}/infer", tags=["v2"], summary="The network alone: tensors in, tensors out")
-    @app.post("/v2/models/{name}/versions/{version}/infer", tags=["v2"], summary="The network alone")
+    told: dict[str, Any] = {"responses": openapi.INFER, "openapi_extra": openapi.INFER_BODY}
+
+    @app.post("/v2/models/{name}/infer", tags=["v2"], summary="The network alone: tensors in, tensors out", **told)
+    @app.post("/v2/models/{name}/versions/{version}/infer", tags=["v2"], summary="The network alone", **told)
     async def infer(
         request: Request,
         name: str,

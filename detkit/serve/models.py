@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from detkit import geometry, imaging
+from detkit import geometry
 from detkit.errors import UserError
 from detkit.manifest import Manifest
 from detkit.runtime import merge
-from detkit.runtime.session import Raw, Session, detections, onto_canvas
+from detkit.runtime.session import Canvas, Raw, Session, detections
 from detkit.serve.batching import Batcher, Image, Row
 from detkit.serve.observe import Metrics, log, plain
 from detkit.serve.settings import Problem, Settings
@@ -78,11 +78,11 @@ class Engine:
         return merge.merge(detections(plan, boxes, scores, labels), self.session.nms, self.manifest.nms)
 
     def _prepare(self, content: bytes) -> tuple[geometry.ResizePlan, Image]:
-        image = imaging.decode(content, max_pixels=self._settings.max_pixels)
-        if self.session.kind == "image":
-            hw = (image.shape[0], image.shape[1])
-            return geometry.ResizePlan(hw, hw, hw), np.ascontiguousarray(image)
-        return onto_canvas(image, self.manifest)
+        read = self.session.read(content, max_pixels=self._settings.max_pixels)
+        if isinstance(read, Canvas):
+            return read
+        hw = (read.shape[0], read.shape[1])
+        return geometry.ResizePlan(hw, hw, hw), read
 
     async def infer(self, images: Sequence[Image]) -> Raw:
         """What `Session.run` says of images that are as the network takes them. Raises Problem 429 and 503."""

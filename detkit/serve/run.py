@@ -152,7 +152,8 @@ def _worker(settings: Settings) -> Gate:
 
 @contextlib.contextmanager
 def _listening(config: uvicorn.Config) -> Iterator[socket.socket]:
-    """The socket, bound; uvicorn would end the process where it can't be."""
+    """The socket, listening: who connects while the app starts waits. uvicorn would end the process where it can't
+    be had, and listen only after the log has said that it serves."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     # Named outright, or asyncio would not turn Nagle's algorithm off, which costs 40 ms an answer.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -160,6 +161,7 @@ def _listening(config: uvicorn.Config) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
+        listener.listen(config.backlog)
     except OSError as error:
         listener.close()
         raise UserError(f"{config.host}:{config.port}: can't be listened to ({error.strerror or error})") from None

@@ -210,6 +210,31 @@ def test_openapi_has_examples_and_every_route(http):
         assert path in document["paths"]
 
 
+def test_openapi_s_examples_of_the_protocol_are_what_is_answered(http):
+    document = http.get("/openapi.json").json()
+    assert "HTTPValidationError" not in document["components"]["schemas"]  # ours is {"error": ...}
+
+    def example(of):
+        return of["content"]["application/json"]["example"]
+
+    for path, methods in document["paths"].items():
+        if path.startswith(("/v2", "/health")) and not path.endswith("/infer"):
+            ((method, operation),) = methods.items()
+            told = http.request(method, path.format(name="shelf", version="1")).json()
+            wanted = example(operation["responses"]["200"])
+            for one, other in zip(*([x] if isinstance(x, dict) else x[:1] for x in (told, wanted)), strict=True):
+                assert one.keys() == other.keys(), path
+
+    infer = document["paths"]["/v2/models/{name}/infer"]["post"]
+    asked = example(infer["requestBody"])
+    asked["inputs"][0] |= {"shape": [1, 3, 64, 96], "data": [0] * 18432}
+    answer = http.post("/v2/models/shelf/infer", json=asked)
+    assert answer.status_code == 200
+    wanted = example(infer["responses"]["200"])
+    assert answer.json().keys() == wanted.keys()
+    assert [one.keys() for one in answer.json()["outputs"]] == [one.keys() for one in wanted["outputs"]]
+
+
 def test_a_token_guards_all_but_health_and_the_page(serve, tmp_path):
     one = serve(save(tmp_path / "m.onnx"), token="s3cret")
     with httpx2.Client(base_url=one.url) as http:

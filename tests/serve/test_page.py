@@ -99,6 +99,18 @@ def test_another_model_looks_again(page):
     expect(page.locator(".box")).to_have_count(1)
 
 
+def test_a_late_answer_of_the_model_before_is_not_shown(page):
+    held = []
+    page.route("**/v1/detect?model=shelf*", lambda route: held.append(route))
+    page.set_input_files("#files", [{"name": "a.png", "mimeType": "image/png", "buffer": photo()}])
+    page.get_by_label("Model").select_option(index=1)
+    expect(page.locator(".box")).to_have_count(1)
+    with page.expect_response("**/v1/detect?model=shelf*"):
+        held[0].fulfill(json={"photos": [{"detections": [], "width": 96, "height": 64}]})
+    page.wait_for_timeout(200)
+    expect(page.locator(".box")).to_have_count(1)
+
+
 def test_each_class_has_the_threshold_that_the_model_keeps_until_the_slider_moves(page):
     upload(page, ("a.png", photo()))
     page.get_by_label("Model").select_option(index=2)
@@ -199,6 +211,8 @@ def test_a_phone(page):
     page.set_viewport_size({"width": 360, "height": 740})
     upload(page, ("a.png", photo()))
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    top = {name: page.locator(name).bounding_box()["y"] for name in ("#stage", "#score", "#table")}
+    assert top["#stage"] < top["#score"] < top["#table"]  # however long the table is
     for button in page.get_by_role("button").all():
         assert button.bounding_box()["height"] >= 40
 

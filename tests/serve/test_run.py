@@ -21,6 +21,7 @@ from PIL import Image
 
 from detkit.client import Client
 from detkit.serve import run
+from detkit.serve.settings import Settings
 from tests.serve.conftest import photo, save, wait_until
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -96,6 +97,13 @@ def test_answers_are_not_held_back(tmp_path, serve):
     settings = serve(save(tmp_path / "m.onnx")).settings
     with run._listening(run._config(settings, None, factory=False)) as listener:
         assert listener.proto == socket.IPPROTO_TCP
+
+
+def test_once_the_log_says_that_it_serves_no_client_is_refused(caplog):
+    settings = Settings(models=("m.onnx",), port=0)
+    with caplog.at_level("INFO", "detkit.serve"), run._listening(run._config(settings, None, factory=False)) as one:
+        assert "serving" in caplog.messages
+        socket.create_connection(one.getsockname(), timeout=5).close()
 
 
 def test_the_server_needs_no_torch(tmp_path):
