@@ -401,7 +401,9 @@ class Explainer:
                 own = (match.positive & (match.object == number))[0]
                 label = int(targets.labels[0, number])
                 frames = (places[own].cpu(), _TAKEN, 1), (targets.boxes[0, number].cpu(), _WHITE, 2)
-                said = f"{self.classes[label]}: {int(own.sum())} {what}s answer for it"
+                count = int(own.sum())
+                answer = f"{what} answers" if count == 1 else f"{what}s answer"
+                said = f"{self.classes[label]}: {count} {answer} for it"
                 pictures.append((canvas.boxes(canvas.picture, *frames), said))
             title = "Anchors and cells that matched"
             text = (

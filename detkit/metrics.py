@@ -122,7 +122,7 @@ def by_iou(pool: Pool, ious: Sequence[float] = IOUS) -> list[dict[str, Any]]:
     """The same at each IoU alone: `iou`; AP and AR, AP_small and so on by area, None where it has no object; VOC_AP, as
     `voc` has it; per_class: name -> AP, None where it has no object."""
     result = coco(pool, matches.match(pool, ious, tuple(AREAS.values())))
-    rows = []
+    near, rows = matches.pairs(pool, min(ious)), []
     for place, iou in enumerate(ious):
         row: dict[str, Any] = {"iou": round(iou, 4)}
         for area, name in enumerate(AREAS):
@@ -132,7 +132,7 @@ def by_iou(pool: Pool, ious: Sequence[float] = IOUS) -> list[dict[str, Any]]:
             )
         ap = result.precision[0, place].mean(0)
         per_class = {name: _known(value) for name, value in zip(pool.classes, ap, strict=True)}
-        rows.append({**row, "VOC_AP": pooled_mean(voc(pool, iou)), "per_class": per_class})
+        rows.append({**row, "VOC_AP": pooled_mean(voc(pool, iou, near=near)), "per_class": per_class})
     return rows
 
 
@@ -166,7 +166,7 @@ def voc(pool: Pool, iou: float = 0.5, *, eleven: bool = False, near: Pairs | Non
 
     The area under the precision envelope (devkit 2010 and later), or with `eleven` the mean of the best precisions from
     recalls 0, 0.1, ... 1 on (2007). Differs from COCO's: a detection is only ever compared with the object that it
-    overlaps most. near: `matches.pairs` of that IoU.
+    overlaps most. near: `matches.pairs` of that IoU, or of a lower one.
     """
     state = _voc_state(pool, iou, near)
     objects = pool.objects().sum(0)

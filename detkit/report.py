@@ -435,6 +435,7 @@ def _plot_counts(axes: Any, found: Assessment) -> None:
     for side, photos in zip(sides, every, strict=True):
         axes.annotate(str(photos), (side, photos), (0, 2), textcoords="offset points", ha="center", fontsize=7)
     axes.legend(fontsize=8, frameon=False)
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="products shown, less those that are there", ylabel="photos", title="Counts at the thresholds")
 
 

@@ -17,6 +17,7 @@ from detkit.runtime import decide
 
 BINS = 10  # of the reliability diagram
 KNOTS = 100  # of an isotonic calibration, at most
+_RISE = 1e-3  # of an isotonic calibration, above the surest detections that it is known of
 PRIOR = 100.0  # objects of all classes, beside each class's own
 SHIFT = 0.3  # by which thresholds are moved at most, for cacc
 Method = Literal["none", "temperature", "isotonic"]
@@ -127,7 +128,8 @@ def fit(score: Floats, state: NDArray[np.int8], method: Method) -> Decision:
     """A calibration of the scores, by whether detections are right at IoU 0.5.
 
     temperature: one number by which logits are divided (Guo 2017), of the least log loss. isotonic: any rising curve,
-    of the least squared error (Zadrozny and Elkan 2002), as up to `KNOTS` points with straight lines between.
+    of the least squared error (Zadrozny and Elkan 2002), as up to `KNOTS` points with straight lines between. Both rise
+    everywhere, so detections keep their order.
     """
     counts = state != IGNORED
     score, hit = score[counts], (state[counts] == HIT).astype(np.float64)
@@ -149,17 +151,21 @@ def _isotonic(score: Floats, hit: Floats) -> tuple[tuple[float, float], ...]:
     from scipy import optimize
 
     order = np.argsort(score, kind="stable")
-    parts = [part for part in np.array_split(order, KNOTS - 2) if len(part)]
+    # As much of all detections and of the right ones in each part: by numbers alone, half of these were in the last.
+    weight = 1 / len(score) + hit[order] / max(1.0, hit.sum())
+    middle = (np.cumsum(weight) - weight / 2) / weight.sum()
+    parts = np.split(order, np.flatnonzero(np.diff((middle * (KNOTS - 2)).astype(int))) + 1)
     weights = np.array([len(part) for part in parts], np.float64)
     levels = optimize.isotonic_regression([hit[part].mean() for part in parts], weights=weights).x
+    levels = levels.clip(1e-6, 1 - _RISE)  # what lies below the first point and above the last one rises too
     places = np.array([score[part].mean() for part in parts])
     # A level's parts as one point, in their middle: between points the curve rises, so detections keep their order.
     knots = []
     for level in np.unique(levels):
         same = levels == level
         knots.append((float(np.average(places[same], weights=weights[same])), float(level)))
-    ends = [(0.0, 0.0), *(knot for knot in knots if 0 < knot[0] < 1), (1.0, max(knots[-1][1], 1e-6))]
-    return tuple((round(x, 6), round(min(1.0, y), 6)) for x, y in ends)
+    ends = [(0.0, 0.0), *(knot for knot in knots if 0 < knot[0] < 1), (1.0, knots[-1][1] + _RISE)]
+    return tuple((round(x, 6), round(y, 6)) for x, y in ends)
 
 
 def decided(pool: Pool, method: Method, wanted: Aim) -> Decision:
