@@ -104,8 +104,8 @@ def _inside(folder: Path) -> list[Path]:
 
 class Job(BaseModel):
     """What `detkit predict` was asked for, kept beside a record so that it can be gone on with. folder: where it was
-    asked, which names of photos and of the model may depend on. url: of
-    the server that has the model. sha256: of the model's checkpoint."""
+    asked, which names of photos and of the model may depend on. url: of the server that has the model. sha256: of the
+    model's checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -231,8 +231,20 @@ def predict(
     report.close(folder, len(photos), _summed_up(folder, output, detector.classes))
     if output.counts and not report.several:
         console.print(_counted(folder, detector.classes))
-    report.full(detector.full if isinstance(detector, Tiled) else full, detector.manifest.nms.keep)
+    say_full(console, detector, full)
     return len(report.failures)
+
+
+def say_full(console: Console, detector: Detector, times: int) -> None:
+    """Say how often, if ever, the network's list of boxes was full: so many `times`, or as a tiled detector knows."""
+    times = detector.full if isinstance(detector, Tiled) else times
+    if times:
+        console.print(
+            f"{times} times the network's list, of {detector.manifest.nms.keep}, was full: objects may be missing. "
+            "Look at (smaller) tiles (--tiles), or export from a config with a higher model.select.keep",
+            style="yellow",
+            highlight=False,
+        )
 
 
 def _summed_up(folder: Path, output: Output, classes: Sequence[str]) -> list[Path]:
@@ -317,7 +329,7 @@ class _Work:
         if found is None:
             return _Done(photo, None, image)
         kept = decide.shown(found, self.detector.manifest, self.score)
-        full = len(kept) >= self.detector.manifest.nms.keep
+        full = decide.fills(kept, self.detector.manifest)
         target, files = self.folder / self.names[photo], list[tuple[Path, bytes | str]]()
         if self.output.drawn:
             # Not with_suffix: a stem may have a dot of its own.
@@ -448,15 +460,6 @@ class _Report:
             self._line(f"{len(self.failures)} of {photos} photos could not be read:", "red")
             for reason in self.failures:
                 self._line(f"  {reason}", "red")
-
-    def full(self, times: int, keep: int) -> None:
-        """Say how many times, if any, the network's list of so many boxes was full."""
-        if times:
-            self._line(
-                f"{times} times the network's list, of {keep}, was full: objects may be missing. "
-                "Look at (smaller) tiles (--tiles), or export from a config with a higher model.select.keep",
-                "yellow",
-            )
 
     def _line(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style), soft_wrap=True)  # Text: a path may hold what looks like markup
