@@ -69,7 +69,8 @@ def expand(inputs: Sequence[str | Path]) -> list[Path]:
     """The photos that files, folders (with all inside them) and glob patterns name: each once, in the order given, a
     folder's or a pattern's sorted by path. A file named outright counts whatever its suffix; hidden files don't.
 
-    Raises UserError where one of the inputs names nothing, and where a name is not UTF-8, which no format can hold.
+    Raises UserError where one of the inputs names nothing, where a folder in it can't be read, and where a name is not
+    UTF-8, which no format can hold.
     """
     photos: dict[Path, Path] = {}
     for given in inputs:
@@ -95,9 +96,13 @@ def expand(inputs: Sequence[str | Path]) -> list[Path]:
 
 
 def _inside(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: can't be looked into ({error.strerror})")
+
+    inside = (Path(top, name) for top, _, names in os.walk(folder, onerror=refuse) for name in names)
     return sorted(
         path
-        for path in folder.rglob("*")
+        for path in inside
         if path.suffix.lower() in imaging.IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
     )
 
