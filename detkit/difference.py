@@ -97,15 +97,15 @@ def run(
     if xml:
         require_free(xml)
     dataset = cache.load_split(data, split, console)
-    told = found.read(_file(detections), dataset, ids)
+    told = found.read(_file(detections), dataset, ids, more=True)
     places = np.array(sorted(told.named), np.int64)
     if len(places) < len(dataset):
         console.print(f"{len(dataset) - len(places)} of {len(dataset)} photos are not in {detections}: left out")
     records = [dataset[place] for place in places.tolist()]
     names = [dataset.name(place) for place in places.tolist()]
-    pool = matches.pool(records, [told.detections[place].above(score) for place in places.tolist()], dataset.classes)
+    pool = matches.pool(records, [told.detections[place].above(score) for place in places.tolist()], told.classes)
     all_of_them = compare(pool, iou)
-    console.print(_table(all_of_them, dataset.classes))
+    console.print(_table(all_of_them, told.classes))
     differ = [one for one in all_of_them if one.kind != "matched"]
     console.print(f"{len({one.photo for one in differ})} of {len(records)} photos differ", highlight=False)
     if json_file:
@@ -116,7 +116,7 @@ def run(
             mistakes.Suspect(one.photo, _DOUBTS.get(one.kind, "nothing there"), one.box, one.said, one.seen, one.score)
             for one in differ
         ]
-        written = mistakes.write_suspects(xml, doubts, records, names, dataset.classes)
+        written = mistakes.write_suspects(xml, doubts, records, names, told.classes)
         console.print(Text(f"{xml}: XML of {written} photos, with what was found beside the labels"), soft_wrap=True)
     return Counter(one.kind for one in all_of_them)
 
@@ -127,6 +127,8 @@ def _file(detections: Path) -> Path:
         detections = detections / "detections.jsonl"
         if not detections.is_file():
             raise UserError(f"{detections}: no such file; make it with  detkit predict PHOTOS --format jsonl")
+    if not detections.is_file():
+        raise UserError(f"{detections}: no such file or folder of detections")
     if detections.suffix.lower() not in found.SUFFIXES:
         raise UserError(f"{detections}: detections are read from {', '.join(found.SUFFIXES)} files")
     return detections

@@ -20,12 +20,13 @@ _COLUMNS = ("image", "label", "score", "x1", "y1", "x2", "y2")
 
 
 class Found(NamedTuple):
-    """One Detections a photo of the split; what of the file was of no use, in words; and the places in the split of the
-    photos that the file names."""
+    """One Detections a photo of the split; what of the file was of no use, in words; the places in the split of the
+    photos that the file names; and the classes that labels are indices into."""
 
     detections: list[Detections]
     remarks: list[str]
     named: frozenset[int] = frozenset()
+    classes: tuple[str, ...] = ()
 
 
 class _Row(NamedTuple):
@@ -37,14 +38,15 @@ class _Row(NamedTuple):
     score: float
 
 
-def read(path: Path, dataset: DataSet, ids: Path | None = None) -> Found:
+def read(path: Path, dataset: DataSet, ids: Path | None = None, *, more: bool = False) -> Found:
     """What a file says was found in the photos of a split.
 
     JSON lines, or a JSON list of the same: {"image", "detections": [{"label", "score", "box": [x1, y1, x2, y2]}]}. CSV:
     a row a detection, with the columns image, label, score, x1, y1, x2, y2. COCO annotations with scores; or COCO
     results: [{"image_id", "category_id", "bbox": [x, y, w, h], "score"}], whose ids are those of the annotation file
     `ids`, or the names of photos and classes themselves. A photo is known by its path in the data set, its file's name,
-    or that without suffix. Raises UserError, one line, where the file can't be read so.
+    or that without suffix. more: classes that the data set lacks come after its own; else they are an error. Raises
+    UserError, one line, where the file can't be read so.
     """
     entries = _rows_of_table(path) if path.suffix.lower() == ".csv" else _entries(path)
     coco = bool(entries) and isinstance(entries[0], dict) and "image_id" in entries[0]
@@ -65,6 +67,8 @@ def read(path: Path, dataset: DataSet, ids: Path | None = None) -> Found:
     at = {photo: _place(photos[photo], places) for photo in seen}
     for row in rows:
         name = labels[row.label]
+        if more and isinstance(name, str):
+            known.setdefault(name, len(known))
         if name not in known:
             advice = "; name the file that its ids are of by --ids" if coco and not ids else nearest(str(name), known)
             raise UserError(f"{path}: the data set has no class '{name}'{advice}")
@@ -88,7 +92,7 @@ def read(path: Path, dataset: DataSet, ids: Path | None = None) -> Found:
         remarks.append(
             f"{path}: says nothing of {missing} of the {len(dataset)} photos; they count as without detections"
         )
-    return Found([_detections(each, dataset, place) for place, each in enumerate(of)], remarks, named)
+    return Found([_detections(each, dataset, place) for place, each in enumerate(of)], remarks, named, tuple(known))
 
 
 def _entries(path: Path) -> list[Any]:
@@ -102,7 +106,7 @@ def _entries(path: Path) -> list[Any]:
     except ValueError:
         pass
     entries = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028 within a name
         if line.strip():
             try:
                 entries.append(json.loads(line))

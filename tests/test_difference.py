@@ -84,11 +84,28 @@ def test_the_command_and_what_it_refuses(tmp_path: Path, run) -> None:
     assert code == 0, err
     assert "other class" in out
     (tmp_path / "none").mkdir()
-    for what, words in ((tmp_path / "none", "--format jsonl"), (SHELF / "classes.txt", "are read from")):
+    for what, words in (
+        (tmp_path / "none", "--format jsonl"),
+        (tmp_path / "gone", "no such file"),
+        (SHELF / "classes.txt", "are read from"),
+    ):
         with pytest.raises(UserError, match=words):
             difference.run(Data(root=SHELF), what, Console(quiet=True))
     with pytest.raises(UserError, match=r"not empty|holds"):
         difference.run(Data(root=SHELF), folder, Console(quiet=True), xml=SHELF)
+
+
+def test_a_class_without_any_label_is_extra(tmp_path: Path) -> None:
+    """As of a model of more classes than have been labelled yet."""
+    folder, data, names = told(tmp_path, 1)
+    rows = [{"label": "new \u2028 class", "score": 0.8, "box": [1, 1, 9, 9]}]
+    with (folder / "detections.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"image": names[0], "detections": rows}, ensure_ascii=False) + "\n")
+    counts = difference.run(data, folder, Console(quiet=True), xml=tmp_path / "xml")
+    assert counts["extra"] == 2
+    assert [
+        item.findtext("name") for path in (tmp_path / "xml").rglob("*.xml") for item in ET.parse(path).iter("object")
+    ].count("new \u2028 class") == 1
 
 
 def pooled(flag: int, *found: tuple[tuple[float, ...], int, float]) -> matches.Pool:

@@ -66,3 +66,8 @@ def shown(found: Detections, manifest: Manifest, score: float | None = None) -> 
     kept = are_shown(found, manifest, score)
     found = scored(found, manifest)
     return Detections(found.boxes[kept], found.scores[kept], found.labels[kept], found.hw)
+
+
+def fills(kept: Detections, manifest: Manifest) -> bool:
+    """Whether what `shown` leaves of one look is as much as the network can say: there may be more."""
+    return len(kept) >= manifest.nms.keep

@@ -69,7 +69,8 @@ def expand(inputs: Sequence[str | Path]) -> list[Path]:
     """The photos that files, folders (with all inside them) and glob patterns name: each once, in the order given, a
     folder's or a pattern's sorted by path. A file named outright counts whatever its suffix; hidden files don't.
 
-    Raises UserError where one of the inputs names nothing, and where a name is not UTF-8, which no format can hold.
+    Raises UserError where one of the inputs names nothing, where a folder in it can't be read, and where a name is not
+    UTF-8, which no format can hold.
     """
     photos: dict[Path, Path] = {}
     for given in inputs:
@@ -95,17 +96,21 @@ def expand(inputs: Sequence[str | Path]) -> list[Path]:
 
 
 def _inside(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: can't be looked into ({error.strerror})")
+
+    inside = (Path(top, name) for top, _, names in os.walk(folder, onerror=refuse) for name in names)
     return sorted(
         path
-        for path in folder.rglob("*")
+        for path in inside
         if path.suffix.lower() in imaging.IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
     )
 
 
 class Job(BaseModel):
     """What `detkit predict` was asked for, kept beside a record so that it can be gone on with. folder: where it was
-    asked, which names of photos and of the model may depend on. url: of
-    the server that has the model. sha256: of the model's checkpoint."""
+    asked, which names of photos and of the model may depend on. url: of the server that has the model. sha256: of the
+    model's checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -231,8 +236,20 @@ def predict(
     report.close(folder, len(photos), _summed_up(folder, output, detector.classes))
     if output.counts and not report.several:
         console.print(_counted(folder, detector.classes))
-    report.full(detector.full if isinstance(detector, Tiled) else full, detector.manifest.nms.keep)
+    say_full(console, detector, full)
     return len(report.failures)
+
+
+def say_full(console: Console, detector: Detector, times: int) -> None:
+    """Say how often, if ever, the network's list of boxes was full: so many `times`, or as a tiled detector knows."""
+    times = detector.full if isinstance(detector, Tiled) else times
+    if times:
+        console.print(
+            f"{times} times the network's list, of {detector.manifest.nms.keep}, was full: objects may be missing. "
+            "Look at (smaller) tiles (--tiles), or export from a config with a higher model.select.keep",
+            style="yellow",
+            highlight=False,
+        )
 
 
 def _summed_up(folder: Path, output: Output, classes: Sequence[str]) -> list[Path]:
@@ -317,7 +334,7 @@ class _Work:
         if found is None:
             return _Done(photo, None, image)
         kept = decide.shown(found, self.detector.manifest, self.score)
-        full = len(kept) >= self.detector.manifest.nms.keep
+        full = decide.fills(kept, self.detector.manifest)
         target, files = self.folder / self.names[photo], list[tuple[Path, bytes | str]]()
         if self.output.drawn:
             # Not with_suffix: a stem may have a dot of its own.
@@ -448,15 +465,6 @@ class _Report:
             self._line(f"{len(self.failures)} of {photos} photos could not be read:", "red")
             for reason in self.failures:
                 self._line(f"  {reason}", "red")
-
-    def full(self, times: int, keep: int) -> None:
-        """Say how many times, if any, the network's list of so many boxes was full."""
-        if times:
-            self._line(
-                f"{times} times the network's list, of {keep}, was full: objects may be missing. "
-                "Look at (smaller) tiles (--tiles), or export from a config with a higher model.select.keep",
-                "yellow",
-            )
 
     def _line(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style), soft_wrap=True)  # Text: a path may hold what looks like markup

@@ -19,7 +19,7 @@ from detkit.config import Select
 from detkit.errors import UserError
 from detkit.geometry import iou
 from detkit.manifest import Manifest
-from detkit.runtime import merge
+from detkit.runtime import decide, merge
 from detkit.types import Detections
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class Tiled(_Looks):
     def _count(self, looks: Sequence[Detections]) -> None:
         shown = looks if self.sure is None else [_part(one, self.sure(one)) for one in looks]
         with self._counting:
-            self.full += sum(len(one) >= self.manifest.nms.keep for one in shown)
+            self.full += sum(decide.fills(one, self.manifest) for one in shown)
 
     def _one(self, image: NDArray[np.uint8]) -> Detections:
         hw = (image.shape[0], image.shape[1])

@@ -30,7 +30,7 @@ from detkit.console import bar
 from detkit.errors import Interrupted, UserError, need
 from detkit.files import atomic_write
 from detkit.runtime import decide, render
-from detkit.runtime.predict import Detector, free
+from detkit.runtime.predict import Detector, free, say_full
 from detkit.types import Detections
 
 SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv")
@@ -212,7 +212,7 @@ def predict(
     console = console or Console()
     manifest, classes = detector.manifest, len(detector.classes)
     tracks = Tracks(decide.thresholds(manifest) if score is None else (score,) * classes)
-    frames = 0
+    frames = full = 0
     with ExitStack() as stack:
         reader = stack.enter_context(closing(Reader(name)))
         folder = free(out)
@@ -226,6 +226,7 @@ def predict(
         drawn: Future[None] | None = None
         try:
             for batch, found in _ahead(detector, reader, work):
+                full += sum(decide.fills(decide.shown(one, manifest, score), manifest) for one in found)
                 tracked = [
                     tracks.update(decide.scored(one, manifest), frame.time)
                     for frame, one in zip(batch, found, strict=True)
@@ -250,6 +251,7 @@ def predict(
     console.print(_table(counts, detector.classes))
     text = f"{counts.total()} different objects in {frames} frames; results in {folder}"
     console.print(Text(text), soft_wrap=True)
+    say_full(console, detector, full)
     if stopped:
         raise Interrupted(f"stopped after {frames} frames; what was found is in {folder}", signal.SIGINT)
     return counts

@@ -90,6 +90,21 @@ def test_expand_refuses_what_names_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert str(error.value).startswith(given)
 
 
+def test_a_folder_that_can_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo(tmp_path / "a.jpg")
+    photo(tmp_path / "closed" / "b.jpg")
+    scandir = os.scandir
+
+    def refused(path: Any) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match=r"closed: can't be looked into \(Permission denied\)"):
+        expand([tmp_path])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="names are bytes")
 def test_a_name_that_is_no_text_is_one_line(tmp_path: Path) -> None:
     photo(tmp_path / "a.jpg").rename(tmp_path / os.fsdecode(b"a\xff.jpg"))

@@ -95,6 +95,16 @@ def test_each_product_is_counted_once(tmp_path: Path, miss: float) -> None:
     assert oracle.calls < FRAMES  # in batches
 
 
+def test_a_full_list_is_said(tmp_path: Path) -> None:
+    oracle, console = Shelf(), quiet()
+    most = max(oracle.seen(number)[1].sum() for number in range(FRAMES))
+    rule = oracle.manifest.nms.model_copy(update={"keep": int(most)})
+    oracle.manifest = oracle.manifest.model_copy(update={"nms": rule})
+    video.predict(oracle, str(oracle.film(tmp_path / "a.mp4")), tmp_path / "out", pictures=False, console=console)
+    assert isinstance(console.file, io.StringIO)
+    assert f"times the network's list, of {most}, was full" in console.file.getvalue()
+
+
 def test_what_is_written(tmp_path: Path) -> None:
     oracle, console = Shelf(), quiet()
     film, out = oracle.film(tmp_path / "a.mp4"), tmp_path / "out"
