@@ -32,6 +32,8 @@ from detkit.serve.settings import Settings
 
 HEAD_SECONDS = 10.0  # for a request's head to arrive, and for the rest of a body that is not wanted any more
 
+GOODBYE_SECONDS = 2.0  # for a TLS client to end its side too when the server ends, where asyncio would give it 30
+
 WORKER_SECONDS = 60  # without a sign of life from a worker, imports at its start included, before it is replaced
 
 
@@ -60,8 +62,21 @@ class Protocol(H11Protocol):
         self._stop()
         super().connection_lost(exc)
 
+    def shutdown(self) -> None:
+        """The server ends: so does this now, or after the answer that is in work."""
+        if not self.transport.is_closing():
+            super().shutdown()
+        if self.transport.is_closing():
+            self.loop.call_later(GOODBYE_SECONDS, self._leave)
+
+    def _leave(self) -> None:
+        if self.transport.get_write_buffer_size():  # an answer that its client is slow to take
+            self.loop.call_later(GOODBYE_SECONDS, self._leave)
+        else:
+            self.transport.abort()
+
     def _await_head(self) -> None:
-        self._head = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        self._head = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
 
     def _stop(self) -> None:
         if self._head is not None:
