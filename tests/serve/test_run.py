@@ -73,7 +73,9 @@ def test_what_can_t_be_served_is_one_line_and_exit_code_2(tmp_path):
         for words, reason in (
             ([tmp_path / "none.onnx"], "none.onnx: can't be read"),
             ([model, "--port", port], "can't be listened to"),
+            ([model, "--port", "0", "--grpc-port", port], f"127.0.0.1:{port}: can't be listened to"),
             ([model, "--tls-cert", model], "TLS needs both"),
+            ([model, "--tls-cert", model, "--tls-key", model], "not a certificate and its private key"),
             ([model, "--token-file", tmp_path / "none"], "none: can't be read"),
         ):
             command = [sys.executable, "-m", "detkit", "serve", "--log", "json", *map(str, words)]
