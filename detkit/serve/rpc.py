@@ -172,7 +172,8 @@ async def start(settings: Settings, models: Repository, metrics: Metrics) -> Any
         maximum_concurrent_rpcs=settings.queue,
     )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
-    address = f"{settings.host}:{settings.grpc_port}"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"{host}:{settings.grpc_port}"
     if settings.certificate and settings.key:
         pair = (settings.key.read_bytes(), settings.certificate.read_bytes())
         port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))

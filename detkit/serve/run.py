@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,10 @@ from detkit.serve.observe import SHARED, Metrics, log, set_up
 from detkit.serve.settings import Settings
 
 HEAD_SECONDS = 10.0  # for a request's head to arrive, and for the rest of a body that is not wanted any more
+
+GOODBYE_SECONDS = 2.0  # for a TLS client to end its side too when the server ends, where asyncio would give it 30
+
+BACKLOG = 2048  # connections that wait to be accepted; uvicorn's own number
 
 WORKER_SECONDS = 60  # without a sign of life from a worker, imports at its start included, before it is replaced
 
@@ -60,8 +65,21 @@ class Protocol(H11Protocol):
         self._stop()
         super().connection_lost(exc)
 
+    def shutdown(self) -> None:
+        """The server ends: so does this now, or after the answer that is in work."""
+        if not self.transport.is_closing():
+            super().shutdown()
+        if self.transport.is_closing():
+            self.loop.call_later(GOODBYE_SECONDS, self._leave)
+
+    def _leave(self) -> None:
+        if self.transport.get_write_buffer_size():  # an answer that its client is slow to take
+            self.loop.call_later(GOODBYE_SECONDS, self._leave)
+        else:
+            self.transport.abort()
+
     def _await_head(self) -> None:
-        self._head = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        self._head = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
 
     def _stop(self) -> None:
         if self._head is not None:
@@ -86,15 +104,30 @@ def token(file: Path | None) -> SecretStr | None:
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C; open requests are answered first. Raises UserError where it can't begin."""
     set_up(settings.log)
-    for file in (settings.certificate, settings.key):
-        if file is not None and not file.is_file():
-            raise UserError(f"{file}: no such file")
-    if (settings.certificate is None) != (settings.key is None):
-        raise UserError("--tls-cert and --tls-key: TLS needs both")
+    _check_tls(settings.certificate, settings.key)
+    if settings.grpc_port:
+        _bound(settings.host, settings.grpc_port).close()  # gRPC itself would tell it with a traceback
     if settings.workers > 1:
         _several(settings)
     else:
         _one(settings)
+
+
+def _check_tls(certificate: Path | None, key: Path | None) -> None:
+    """Raise UserError unless there is neither, or both and they belong together."""
+    for file in (certificate, key):
+        if file is not None and not file.is_file():
+            raise UserError(f"{file}: no such file")
+    if (certificate is None) != (key is None):
+        raise UserError("--tls-cert and --tls-key: TLS needs both")
+    if certificate and key:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+        except OSError as error:  # ssl's own among them
+            reason = " ".join(str(error.strerror or error).split())
+            raise UserError(
+                f"{certificate}, {key}: not a certificate and its private key, without password, in PEM ({reason})"
+            ) from None
 
 
 def _config(settings: Settings, app: Any, *, factory: bool) -> uvicorn.Config:
@@ -150,25 +183,30 @@ def _worker(settings: Settings) -> Gate:
     return create(settings)
 
 
-@contextlib.contextmanager
-def _listening(config: uvicorn.Config) -> Iterator[socket.socket]:
-    """The socket, listening: who connects while the app starts waits. uvicorn would end the process where it can't
-    be had, and listen only after the log has said that it serves."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises UserError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Named outright, or asyncio would not turn Nagle's algorithm off, which costs 40 ms an answer.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     if os.name == "posix":  # elsewhere it would let two servers have one port
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((config.host, config.port))
-        listener.listen(config.backlog)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise UserError(f"{config.host}:{config.port}: can't be listened to ({error.strerror or error})") from None
-    listener.set_inheritable(True)
-    with listener:
+        raise UserError(f"{host}:{port}: can't be listened to ({error.strerror or error})") from None
+    return listener
+
+
+@contextlib.contextmanager
+def _listening(config: uvicorn.Config) -> Iterator[socket.socket]:
+    """The socket, listening: who connects while the app starts waits. uvicorn would end the process where it can't
+    be had, and listen only after the log has said that it serves."""
+    with _bound(config.host, config.port) as listener:
+        listener.set_inheritable(True)
         scheme = "https" if config.is_ssl else "http"
-        host = f"[{config.host}]" if family == socket.AF_INET6 else config.host
+        host = f"[{config.host}]" if listener.family == socket.AF_INET6 else config.host
         log(logging.INFO, "serving", url=f"{scheme}://{host}:{listener.getsockname()[1]}")
         yield listener
 

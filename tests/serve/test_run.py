@@ -73,7 +73,9 @@ def test_what_can_t_be_served_is_one_line_and_exit_code_2(tmp_path):
         for words, reason in (
             ([tmp_path / "none.onnx"], "none.onnx: can't be read"),
             ([model, "--port", port], "can't be listened to"),
+            ([model, "--port", "0", "--grpc-port", port], f"127.0.0.1:{port}: can't be listened to"),
             ([model, "--tls-cert", model], "TLS needs both"),
+            ([model, "--tls-cert", model, "--tls-key", model], "not a certificate and its private key"),
             ([model, "--token-file", tmp_path / "none"], "none: can't be read"),
         ):
             command = [sys.executable, "-m", "detkit", "serve", "--log", "json", *map(str, words)]
@@ -149,12 +151,17 @@ def test_tls(tmp_path):
          "-days", "1", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
         check=True, capture_output=True,
     )  # fmt: skip
-    with process(save(tmp_path / "m.onnx"), "--tls-cert", certificate, "--tls-key", key) as (_, url, _):
+    with process(save(tmp_path / "m.onnx"), "--tls-cert", certificate, "--tls-key", key) as (server, url, lines):
         assert url.startswith("https://")
         with Client(url, verify=str(certificate)) as client:
             assert client.detect(photo())
         with pytest.raises(ssl.SSLError), socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as plain:
             ssl.create_default_context().wrap_socket(plain, server_hostname="127.0.0.1")
+        with Client(url, verify=str(certificate)) as idle:  # which doesn't hear that the server would like to end
+            assert idle.detect(photo())
+            server.terminate()
+            assert server.wait(15) == 0
+        assert not any("exceeded" in line for line in lines)
 
 
 def workers(pid):
