@@ -1,14 +1,14 @@
 """From JPEG bytes to final boxes on the CPU, side by side in one run, as ratios; and where detkit's time goes.
 
-    python benchmarks/inference.py torchvision SSD_RUN RCNN_RUN    against torchvision's SSD300 and Faster R-CNN
+    python benchmarks/inference.py torchvision RUN [RUN ...]       against torchvision's SSD300 and Faster R-CNN
     python benchmarks/inference.py stages RUN [RUN ...]            decode, resize, network, NMS and mapping, one by one
     python benchmarks/inference.py ultralytics RUN PYTHON          a small detector against Ultralytics' ONNX path
     python benchmarks/inference.py start RUN                       from the start of the process to the first detection
     python benchmarks/inference.py folder MODEL.onnx [...]         detkit predict on 2,000 photos, against its parts
 
-RUN is a trained run's folder: with random weights there would be nothing, or everything, to find. SSD_RUN and RCNN_RUN
-are of ssd_vgg and faster_rcnn_resnet; on their own photos both precisions have to pass `detkit export`. PYTHON is one
-that has Ultralytics, in an environment of its own: detkit needs nothing of it. RUN@480x640 is the run on another
+RUN is a trained run's folder: with random weights there would be nothing, or everything, to find. Against torchvision
+it is one of ssd_vgg or faster_rcnn_resnet; on its own photos both precisions have to pass `detkit export`. PYTHON is
+one that has Ultralytics, in an environment of its own: detkit needs nothing of it. RUN@480x640 is the run on another
 canvas, height first; MODEL.onnx@400 is on so many photos. Photos are made up, 640 x 480. Each command writes its
 section of results/inference.json and results/inference.md and leaves the others as they are.
 """
@@ -130,14 +130,13 @@ def _faster(taken: dict[str, list[float]], theirs: str) -> float:
 
 
 @app.command()
-def torchvision(ssd_run: str, rcnn_run: str, threads: int = Threads, rounds: int = 8, compiled: bool = False) -> None:
+def torchvision(runs: list[str], threads: int = Threads, rounds: int = 8, compiled: bool = False) -> None:
     """Against SSD300-VGG16 and Faster R-CNN R50-FPN, with the same weights."""
     torch.set_num_threads(threads)
     photos = _photos()
-    rows = []
-    sizes = {SSD.words: (300, 300), RCNN.words: HW}
-    for reference, run in ((SSD, ssd_run), (RCNN, rcnn_run)):
-        height, width = sizes[reference.words]
+    for run in runs:
+        head = _trained(run).config.model.head.name
+        reference, (height, width) = {"ssd": (SSD, (300, 300)), "faster_rcnn": (RCNN, HW)}[head]
         rules = [each for each in reference.settings if not each.startswith("model.backbone")]
         trained = _trained(run, f"input.size=[{height}, {width}]", *rules)
         with tempfile.TemporaryDirectory() as folder:
@@ -158,17 +157,17 @@ def torchvision(ssd_run: str, rcnn_run: str, threads: int = Threads, rounds: int
                 with torch.inference_mode():
                     return model([image])[0]
 
-            runs = {
+            theirs = {
                 kind: _timed(lambda photo, model=model: their(photo, model), photos) for kind, model in kinds.items()
             }
             if compiled:  # proposals differ in number from photo to photo; it has seen them all before it is timed
                 for photo in photos + photos:
                     their(photo, kinds["compiled"])
             ours = {"detkit": _timed(own, photos), "int8": _timed(lambda photo, int8=int8: own(photo, int8), photos)}
-            taken = interleaved(ours | runs, rounds)
+            taken = interleaved(ours | theirs, rounds)
             found = [(len(own(photo)), len(their(photo, kinds["eager"])["scores"])) for photo in photos[:3]]
         times = {kind: _faster(taken, kind) for kind in kinds}
-        rows.append({
+        row = {
             "detector": reference.words,
             "canvas": f"{height} x {width}",
             **{f"against {kind}": f"{ratio:.2f}" for kind, ratio in times.items()},
@@ -177,16 +176,17 @@ def torchvision(ssd_run: str, rcnn_run: str, threads: int = Threads, rounds: int
             "mAP fp32, int8": f"{said['mAP'][0]:.4f}, {said['mAP'][1]:.4f} on {said['photos']} photos",
             "of int8 left in fp32": ", ".join(said["fp32 parts"]) or "nothing",
             "boxes of 3 photos: detkit, torchvision": ", ".join(f"{a} {b}" for a, b in found),
-        })  # fmt: skip
-        console.print(rows[-1])
-    note = (
-        f"How many times as fast detkit's ONNX file in Session is as torchvision's model, one photo of 640 x 480 at a "
-        f"time from JPEG bytes to boxes, {threads} thread(s) a side, fp32 on both, equal weights, canvas, proposals "
-        f"and thresholds. Both have passed `detkit export`: in fp32 ONNX Runtime finds what torch finds; int8 costs "
-        f"0.01 of the mean AP at most, on the run's validation photos. Median of the ratios of {rounds} interleaved "
-        f"rounds."
-    )
-    save("inference", f"torchvision {threads}", f"Against torchvision, {threads} thread(s)", note, rows, **_VERSIONS)
+        }
+        console.print(row)
+        note = (
+            f"How many times as fast detkit's ONNX file in Session is as torchvision's model, one photo of 640 x 480 "
+            f"at a time from JPEG bytes to boxes, {threads} thread(s) a side, fp32 on both, equal weights, canvas, "
+            f"proposals and thresholds. Both have passed `detkit export`: in fp32 ONNX Runtime finds what torch finds; "
+            f"int8 costs 0.01 of the mean AP at most, on the run's validation photos. Median of the ratios of {rounds} "
+            f"interleaved rounds."
+        )
+        title = f"{reference.words} against torchvision's, {threads} thread(s)"
+        save("inference", f"torchvision {reference.config} {threads}", title, note, [row], **_VERSIONS)
 
 
 def _theirs(reference: Reference, trained: checkpoint.Checkpoint) -> torch.nn.Module:
