@@ -17,6 +17,7 @@ from detkit.types import Detections
 
 SUFFIXES = (".csv", ".json", ".jsonl")
 _COLUMNS = ("image", "label", "score", "x1", "y1", "x2", "y2")
+_IDS = "; name the file that its ids are of by --ids"
 
 
 class Found(NamedTuple):
@@ -48,19 +49,7 @@ def read(path: Path, dataset: DataSet, ids: Path | None = None, *, more: bool = 
     or that without suffix. more: classes that the data set lacks come after its own; else they are an error. Raises
     UserError, one line, where the file can't be read so.
     """
-    entries = _rows_of_table(path) if path.suffix.lower() == ".csv" else _entries(path)
-    coco = bool(entries) and isinstance(entries[0], dict) and "image_id" in entries[0]
-    photos, labels = _ids(ids) if coco and ids else (_Names(), _Names())
-    try:
-        if len(entries) == 1 and isinstance(entries[0], dict) and "annotations" in entries[0]:
-            photos, labels = _told(entries[0])
-            photos_of_rows, rows = _of_coco(entries[0]["annotations"])
-            seen = [*dict.fromkeys([*photos, *photos_of_rows])]  # photos without detections are named too
-        else:
-            seen, rows = _of_coco(entries) if coco else _of_photos(entries)
-    except (KeyError, TypeError, ValueError) as error:
-        lacking = f" (no {error.args[0]!r})" if isinstance(error, KeyError) else ""
-        raise UserError(f"{path}: not detections as detkit or COCO write them{lacking}") from None
+    photos, labels, seen, rows, by_id = _content(path, ids)
     places = _places(dataset)
     known = {name: label for label, name in enumerate(dataset.classes)}
     of: list[list[tuple[Sequence[float], float, int]]] = [[] for _ in range(len(dataset))]
@@ -70,7 +59,7 @@ def read(path: Path, dataset: DataSet, ids: Path | None = None, *, more: bool = 
         if more and isinstance(name, str):
             known.setdefault(name, len(known))
         if name not in known:
-            advice = "; name the file that its ids are of by --ids" if coco and not ids else nearest(str(name), known)
+            advice = _IDS if by_id else nearest(str(name), known)
             raise UserError(f"{path}: the data set has no class '{name}'{advice}")
         x1, y1, x2, y2 = row.box
         if not 0 <= row.score <= 1 or x2 < x1 or y2 < y1:
@@ -84,8 +73,7 @@ def read(path: Path, dataset: DataSet, ids: Path | None = None, *, more: bool = 
     missing = len(dataset) - len(named)
     remarks = []
     if strange and not named:
-        advice = "; name the file that its ids are of by --ids" if coco and not ids else ""
-        raise UserError(f"{path}: none of its photos, such as '{strange[0]}', is in the split{advice}")
+        raise UserError(f"{path}: none of its photos, such as '{strange[0]}', is in the split{_IDS * by_id}")
     if strange:
         remarks.append(f"{path}: {len(strange)} photos are not in the split, such as '{strange[0]}'")
     if missing:
@@ -93,6 +81,34 @@ def read(path: Path, dataset: DataSet, ids: Path | None = None, *, more: bool = 
             f"{path}: says nothing of {missing} of the {len(dataset)} photos; they count as without detections"
         )
     return Found([_detections(each, dataset, place) for place, each in enumerate(of)], remarks, named, tuple(known))
+
+
+class _Content(NamedTuple):
+    """What a file says. photos, labels: the names of what its rows speak of. seen: the photos that it speaks of. by_id:
+    it has COCO's results, and nothing that says what their ids are."""
+
+    photos: _Names
+    labels: _Names
+    seen: Sequence[Any]
+    rows: list[_Row]
+    by_id: bool
+
+
+def _content(path: Path, ids: Path | None) -> _Content:
+    """Raises UserError."""
+    entries = _rows_of_table(path) if path.suffix.lower() == ".csv" else _entries(path)
+    first = entries[0] if entries and isinstance(entries[0], dict) else {}
+    try:
+        if len(entries) == 1 and "annotations" in first:
+            photos, labels = _told(first)
+            of_rows, rows = _of_coco(first["annotations"])
+            return _Content(photos, labels, [*dict.fromkeys([*photos, *of_rows])], rows, by_id=False)
+        if "image_id" not in first:
+            return _Content(_Names(), _Names(), *_of_photos(entries), by_id=False)
+        return _Content(*(_ids(ids) if ids else (_Names(), _Names())), *_of_coco(entries), by_id=ids is None)
+    except (KeyError, TypeError, ValueError) as error:
+        lacking = f" (no {error.args[0]!r})" if isinstance(error, KeyError) else ""
+        raise UserError(f"{path}: not detections as detkit or COCO write them{lacking}") from None
 
 
 def _entries(path: Path) -> list[Any]:
