@@ -155,6 +155,16 @@ def test_downloads(page):
     assert [[one.findtext("name") for one in tree.iter("object")] for tree in trees] == [["牛奶", "żur"], ["牛奶"]]
 
 
+def test_annotations_of_more_photos_than_a_request_may_have(page):
+    upload(page, *(("żur.png", photo()) for _ in range(33)))
+    with page.expect_download() as download:
+        page.get_by_role("button", name="VOC XML").click()
+    with zipfile.ZipFile(download.value.path()) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == ["żur.xml", *(f"żur-{n}.xml" for n in range(2, 34))]
+        assert {len(list(ET.fromstring(archive.read(name)).iter("object"))) for name in archive.namelist()} == {3}
+
+
 def test_one_photo_s_annotation_is_one_file(page):
     upload(page, ("one.png", photo()))
     with page.expect_download() as download:
