@@ -40,7 +40,7 @@ ModelOption = Annotated[
 ]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DeviceOption = Annotated[Device, typer.Option(help="where the network runs")]
-RuntimeDevice = Literal["auto", "cpu", "cuda", "mps", "tensorrt", "openvino", "coreml", "directml"]
+RuntimeDevice = Literal["auto", "cpu", "cuda", "mps", "tensorrt", "openvino", "openvino-bf16", "coreml", "directml"]
 Nms = Literal["none", "hard", "soft", "weighted"]
 NmsOption = Annotated[Nms, typer.Option(help="overlapping boxes: as they are, NMS, soft-NMS, or weighted boxes fusion")]
 

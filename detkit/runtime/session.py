@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import importlib
 import io
+import json
 import os
 import sys
 import threading
@@ -30,12 +31,13 @@ INPUT = "images"  # uint8 [B, 3, H, W], on the canvas
 IMAGE = "image"  # uint8 [h, w, 3], a photo of any size: the graph resizes, and maps the boxes back
 OUTPUTS = ("boxes", "scores", "labels")
 
-_CPU = "CPUExecutionProvider"
+_CPU, _OPENVINO = "CPUExecutionProvider", "OpenVINOExecutionProvider"
 # What each device is to ONNX Runtime, and what brings it.
 _PROVIDERS = {
     "cuda": ("CUDAExecutionProvider", "run  pip install 'detkit[gpu]'"),
     "tensorrt": ("TensorrtExecutionProvider", "run  pip install 'detkit[gpu]' 'tensorrt-cu13>=10,<11'"),
-    "openvino": ("OpenVINOExecutionProvider", "put onnxruntime-openvino in the place of onnxruntime-gpu (pip)"),
+    "openvino": (_OPENVINO, "put onnxruntime-openvino in the place of onnxruntime-gpu (pip)"),
+    "openvino-bf16": (_OPENVINO, "put onnxruntime-openvino in the place of onnxruntime-gpu (pip)"),
     "coreml": ("CoreMLExecutionProvider", "it comes with onnxruntime for macOS"),
     "directml": ("DmlExecutionProvider", "on Windows, put onnxruntime-directml in the place of onnxruntime-gpu (pip)"),
 }
@@ -135,15 +137,15 @@ def detect_with(
 class Session:
     """A detector exported by ``detkit export``, of either input. Several threads may use one Session at a time.
 
-    path: the ONNX file. device: 'cpu', 'cuda', 'tensorrt', 'openvino', 'coreml', 'directml'; or 'auto': CUDA if it
-    really loads, else the CPU. threads: those of one call on the CPU; 0: one a core. nms: what becomes of boxes that
-    overlap (see runtime.merge); another than 'hard' needs a file exported with ``--nms none``. Raises UserError, one
-    line, where the file is missing, damaged, a newer detkit's or not detkit's, and where the device or that `nms` can't
-    be had: what was asked for is what runs.
+    path: the ONNX file. device: 'cpu', 'cuda', 'tensorrt', 'openvino', 'openvino-bf16' (it multiplies in bfloat16),
+    'coreml', 'directml'; or 'auto': CUDA if it really loads, else the CPU. threads: those of one call on the CPU; 0:
+    one a core. nms: what becomes of boxes that overlap (see runtime.merge); another than 'hard' needs a file exported
+    with ``--nms none``. Raises UserError, one line, where the file is missing, damaged, a newer detkit's or not
+    detkit's, and where the device or that `nms` can't be had: what was asked for is what runs.
     """
 
     def __init__(self, path: str | Path, device: str = "auto", threads: int = 0, nms: merge.Kind = "hard") -> None:
-        self.path, self.nms = Path(path), nms
+        self.path, self.nms, self._asked = Path(path), nms, device
         if device not in DEVICES:
             raise UserError(f"device '{device}': ONNX files run on {', '.join(DEVICES[:-1])} or {DEVICES[-1]}")
         try:
@@ -170,7 +172,7 @@ class Session:
     def device(self) -> str:
         """What the network really runs on: 'cpu', 'cuda', ..."""
         first: str = self._session.get_providers()[0]
-        return _NAMES.get(first, first)
+        return self._asked if first == _PROVIDERS.get(self._asked, ("",))[0] else _NAMES.get(first, first)
 
     @property
     def kind(self) -> Literal["canvas", "image"]:
@@ -268,8 +270,11 @@ def _chain(device: str, path: Path, threads: int) -> list[Any]:
         if os.access(path.parent, os.W_OK):  # building its engines takes minutes
             options = {"trt_engine_cache_enable": True, "trt_engine_cache_path": f"{path}.tensorrt"}
         return [(provider, options), _PROVIDERS["cuda"][0], _CPU]
-    if device == "openvino":
-        return [(provider, {"num_of_threads": str(threads)} if threads else {}), _CPU]
+    if provider == _OPENVINO:
+        options = {"num_of_threads": str(threads)} if threads else {}
+        if device == "openvino-bf16":
+            options["load_config"] = json.dumps({"CPU": {"INFERENCE_PRECISION_HINT": "bf16"}})
+        return [(provider, options), _CPU]
     return [provider, _CPU]
 
 

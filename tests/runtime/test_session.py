@@ -227,13 +227,22 @@ def test_a_provider_that_fails_in_silence_is_an_error_too(
         Session(path, device=device)
 
 
-@pytest.mark.parametrize("device", ["openvino", "coreml", "directml"])
+@pytest.mark.parametrize("device", ["openvino", "openvino-bf16", "coreml", "directml"])
 def test_a_device_that_this_onnx_runtime_lacks_says_what_brings_it(make_model: Make, device: str) -> None:
     if module._PROVIDERS[device][0] in ort.get_available_providers():
         assert Session(make_model(), device=device).device == device
         return
     with pytest.raises(UserError, match=rf"^device '{device}': .* is built without it; .* --device cpu$"):
         Session(make_model(), device=device)
+
+
+def test_openvino_is_told_how_exactly_to_compute_and_by_how_many_threads() -> None:
+    (_, plain), _ = module._chain("openvino", Path("m.onnx"), 3)
+    (provider, coarse), cpu = module._chain("openvino-bf16", Path("m.onnx"), 0)
+    assert (provider, cpu) == ("OpenVINOExecutionProvider", "CPUExecutionProvider")
+    assert plain == {"num_of_threads": "3"}
+    assert json.loads(coarse.pop("load_config")) == {"CPU": {"INFERENCE_PRECISION_HINT": "bf16"}}
+    assert not coarse
 
 
 def test_onnx_runtime_may_not_go_over_to_the_cpu_by_itself(make_model: Make) -> None:
