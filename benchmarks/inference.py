@@ -57,6 +57,7 @@ DETECT = (
     "detkit.Session(sys.argv[1], 'cpu', 1).detect([imaging.decode(sys.argv[2])])"
 )
 _VERSIONS = {"versions": {"onnxruntime": ort.__version__}}
+BF16 = "bf16: the fp32 file on openvino-bf16, its accuracy not measured here. "
 SELECTING = {"NonMaxSuppression", "TopK", "ScatterND", "GatherND", "GatherElements"}
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 Threads = typer.Option(1, help="threads of each side")
@@ -130,8 +131,10 @@ def _faster(taken: dict[str, list[float]], theirs: str) -> float:
 
 
 @app.command()
-def torchvision(runs: list[str], threads: int = Threads, rounds: int = 8, compiled: bool = False) -> None:
-    """Against SSD300-VGG16 and Faster R-CNN R50-FPN, with the same weights."""
+def torchvision(
+    runs: list[str], threads: int = Threads, rounds: int = 8, compiled: bool = False, bf16: bool = False
+) -> None:
+    """Against SSD300-VGG16 and Faster R-CNN R50-FPN, with the same weights; bf16: on openvino-bf16, too."""
     torch.set_num_threads(threads)
     photos = _photos()
     for run in runs:
@@ -142,10 +145,12 @@ def torchvision(runs: list[str], threads: int = Threads, rounds: int = 8, compil
         with tempfile.TemporaryDirectory() as folder:
             path, _ = _exported(trained, folder)
             accepted, said = _accepted(trained, folder)
-            session, int8 = (Session(each, device="cpu", threads=threads) for each in (path, accepted))
+            sessions = {"detkit": Session(path, "cpu", threads), "int8": Session(accepted, "cpu", threads)}
+            if bf16:
+                sessions["bf16"] = Session(path, "openvino-bf16", threads)
 
-            def own(photo: bytes, session: Session = session) -> Any:
-                return session.detect([imaging.decode(photo)])[0]
+            def own(photo: bytes, session: Session = sessions["detkit"]) -> Any:
+                return session.detect([session.read(photo)])[0]
 
             kinds = {"eager": _theirs(reference, trained)}
             kinds["channels last"] = _theirs(reference, trained).to(memory_format=torch.channels_last)
@@ -163,7 +168,10 @@ def torchvision(runs: list[str], threads: int = Threads, rounds: int = 8, compil
             if compiled:  # proposals differ in number from photo to photo; it has seen them all before it is timed
                 for photo in photos + photos:
                     their(photo, kinds["compiled"])
-            ours = {"detkit": _timed(own, photos), "int8": _timed(lambda photo, int8=int8: own(photo, int8), photos)}
+            ours = {
+                kind: _timed(lambda photo, session=session: own(photo, session), photos)
+                for kind, session in sessions.items()
+            }
             taken = interleaved(ours | theirs, rounds)
             found = [(len(own(photo)), len(their(photo, kinds["eager"])["scores"])) for photo in photos[:3]]
         times = {kind: _faster(taken, kind) for kind in kinds}
@@ -172,7 +180,10 @@ def torchvision(runs: list[str], threads: int = Threads, rounds: int = 8, compil
             "canvas": f"{height} x {width}",
             **{f"against {kind}": f"{ratio:.2f}" for kind, ratio in times.items()},
             "against their best": f"{min(times.values()):.2f}",
-            "int8 against their best": f"{min(times.values()) / _faster(taken, 'int8'):.2f}",
+            **{
+                f"{kind} against their best": f"{min(times.values()) / _faster(taken, kind):.2f}"
+                for kind in [*sessions][1:]
+            },
             "mAP fp32, int8": f"{said['mAP'][0]:.4f}, {said['mAP'][1]:.4f} on {said['photos']} photos",
             "of int8 left in fp32": ", ".join(said["fp32 parts"]) or "nothing",
             "boxes of 3 photos: detkit, torchvision": ", ".join(f"{a} {b}" for a, b in found),
@@ -182,11 +193,12 @@ def torchvision(runs: list[str], threads: int = Threads, rounds: int = 8, compil
             f"How many times as fast detkit's ONNX file in Session is as torchvision's model, one photo of 640 x 480 "
             f"at a time from JPEG bytes to boxes, {threads} thread(s) a side, fp32 on both, equal weights, canvas, "
             f"proposals and thresholds. Both have passed `detkit export`: in fp32 ONNX Runtime finds what torch finds; "
-            f"int8 costs 0.01 of the mean AP at most, on the run's validation photos. Median of the ratios of {rounds} "
-            f"interleaved rounds."
+            f"int8 costs 0.01 of the mean AP at most, on the run's validation photos. {BF16 * bf16}Median of the "
+            f"ratios of {rounds} interleaved rounds."
         )
-        title = f"{reference.words} against torchvision's, {threads} thread(s)"
-        save("inference", f"torchvision {reference.config} {threads}", title, note, [row], **_VERSIONS)
+        title = f"{reference.words} against torchvision's, {threads} thread(s){', and bf16' * bf16}"
+        key = f"torchvision {reference.config} {threads}{' bf16' * bf16}"
+        save("inference", key, title, note, [row], **_VERSIONS)
 
 
 def _theirs(reference: Reference, trained: checkpoint.Checkpoint) -> torch.nn.Module:
