@@ -31,13 +31,14 @@ INPUT = "images"  # uint8 [B, 3, H, W], on the canvas
 IMAGE = "image"  # uint8 [h, w, 3], a photo of any size: the graph resizes, and maps the boxes back
 OUTPUTS = ("boxes", "scores", "labels")
 
-_CPU, _OPENVINO = "CPUExecutionProvider", "OpenVINOExecutionProvider"
+_CPU = "CPUExecutionProvider"
+_OPENVINO = "OpenVINOExecutionProvider", "put onnxruntime-openvino in the place of onnxruntime-gpu (pip)"
 # What each device is to ONNX Runtime, and what brings it.
 _PROVIDERS = {
     "cuda": ("CUDAExecutionProvider", "run  pip install 'detkit[gpu]'"),
     "tensorrt": ("TensorrtExecutionProvider", "run  pip install 'detkit[gpu]' 'tensorrt-cu13>=10,<11'"),
-    "openvino": (_OPENVINO, "put onnxruntime-openvino in the place of onnxruntime-gpu (pip)"),
-    "openvino-bf16": (_OPENVINO, "put onnxruntime-openvino in the place of onnxruntime-gpu (pip)"),
+    "openvino": _OPENVINO,
+    "openvino-bf16": _OPENVINO,
     "coreml": ("CoreMLExecutionProvider", "it comes with onnxruntime for macOS"),
     "directml": ("DmlExecutionProvider", "on Windows, put onnxruntime-directml in the place of onnxruntime-gpu (pip)"),
 }
@@ -270,7 +271,7 @@ def _chain(device: str, path: Path, threads: int) -> list[Any]:
         if os.access(path.parent, os.W_OK):  # building its engines takes minutes
             options = {"trt_engine_cache_enable": True, "trt_engine_cache_path": f"{path}.tensorrt"}
         return [(provider, options), _PROVIDERS["cuda"][0], _CPU]
-    if provider == _OPENVINO:
+    if _PROVIDERS[device] == _OPENVINO:
         options = {"num_of_threads": str(threads)} if threads else {}
         if device == "openvino-bf16":
             options["load_config"] = json.dumps({"CPU": {"INFERENCE_PRECISION_HINT": "bf16"}})
